@@ -1,0 +1,1 @@
+"""ONNX models in and out of the layer graph (not implemented yet)."""

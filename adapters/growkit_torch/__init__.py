@@ -1,0 +1,71 @@
+"""PyTorch models in and out of the layer graph: ``nn.Module`` objects and model directories."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from growkit.adapters import Forward
+from growkit.model import Model
+from growkit.operator import GrowthOperator
+from growkit_specs import LayerGraph
+
+
+class TorchAdapter:
+    """Reads and writes transformers' modules and directories. Importing it imports no framework."""
+
+    name = "torch"
+
+    def matches(self, source: Any) -> bool:
+        """Whether ``source`` is a directory with a config, a config file, or a module."""
+        if isinstance(source, (str, Path)):
+            path = Path(source)
+            return (path / "config.json").is_file() or (path.suffix == ".json" and path.is_file())
+        torch = sys.modules.get("torch")
+        return torch is not None and isinstance(source, torch.nn.Module)
+
+    def read(self, source: Any) -> Model:
+        """The layer graph and lazy weights of a directory or module."""
+        from growkit_torch.read import read_directory, read_module
+
+        return read_directory(self, source) if isinstance(source, Path) else read_module(self, source)
+
+    def graph_like(self, source: Any) -> LayerGraph:
+        """The layer graph of a config file, a directory's config, or a module."""
+        from growkit_torch.read import read_config
+
+        return read_config(source)
+
+    def resized(self, origin: Any, graph: LayerGraph, operator: GrowthOperator) -> Any:
+        """The origin of what an operator makes of a model: its config, grown."""
+        return origin.resized(graph, operator)
+
+    def write(
+        self,
+        model: Model,
+        like: Any,
+        destination: Path,
+        progress: Callable[[int], None],
+        check: Callable[[Model], None],
+    ) -> None:
+        """Write a model directory in the form of ``like``."""
+        from growkit_torch.write import write_directory
+
+        write_directory(self, model, like, destination, progress, check)
+
+    def build(self, model: Model) -> Any:
+        """The model as an ``nn.Module`` of its class."""
+        from growkit_torch.forward import build
+
+        return build(model)
+
+    def forward(self, model: Model) -> Forward:
+        """A function that runs the model in torch."""
+        from growkit_torch.forward import ModuleForward
+
+        return ModuleForward(model)
+
+
+__all__ = ["TorchAdapter"]

@@ -1,0 +1,180 @@
+"""Writing: a model directory, tensor by tensor, beside its destination first and then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from growkit.adapters import Adapter
+from growkit.grow import dtype_of
+from growkit.matrices import Array
+from growkit.model import Model
+from growkit_specs import GrowkitError, LayerGraph, Tensor
+from growkit_torch.read import INDEX, OPERATOR, RECIPE, SINGLE, Origin, read_directory
+from growkit_torch.safetensors_file import write_file
+
+SHARD_BYTES = 5_000_000_000
+"""The size past which a file of weights is split, in bytes: the Hub's own limit."""
+
+NOT_CARRIED = (
+    "config.json", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.h5", "*.msgpack", "*.pt",
+    "*.pth", "*.ckpt", "*.gguf", "*.onnx", "*.onnx_data", "*.mlmodel", "*.tflite", "*.ot", RECIPE, ".git", ".cache",
+)  # fmt: skip
+"""What a directory's copy leaves out: weights of the source's size, in any format, and version control."""
+
+
+def write_directory(
+    adapter: Adapter,
+    model: Model,
+    like: Origin,
+    destination: Path,
+    progress: Callable[[int], None],
+    check: Callable[[Model], None],
+) -> None:
+    """Write a model directory.
+
+    Args:
+        adapter: The adapter that reads it back.
+        model: The model.
+        like: Its origin; the files beside the source's weights come along.
+        destination: Where; nothing appears there unless the whole of it is right.
+        progress: Called with the number of bytes written since the last call.
+        check: Called with the written model, read back, before it is put in place.
+
+    Raises:
+        GrowkitError: Where it cannot be written; nothing is left behind.
+    """
+    with _staged(destination, model.bytes) as folder:
+        if like.path is not None:
+            _carry_over(like.path, folder, model.graph)
+        _write_json(folder / "config.json", dict(like.config) | {"architectures": [like.class_name]})
+        _write_weights(folder, model, progress)
+        if model.growth is not None:
+            model.growth.operator.save(folder / OPERATOR)
+            if model.growth.recipe is not None:
+                (folder / RECIPE).write_text(model.growth.recipe.to_yaml(), encoding="utf-8")
+            _describe(folder / "README.md", model)
+        check(read_directory(adapter, folder))
+
+
+@contextmanager
+def _staged(destination: Path, needed: int) -> Iterator[Path]:
+    """A folder beside ``destination`` that takes its name when all has gone well, and vanishes otherwise."""
+    destination = destination.absolute()
+    try:
+        free = shutil.disk_usage(destination.parent).free
+        if free < needed:
+            raise GrowkitError(f"{destination.parent}: no space left: {needed:,} bytes needed, {free:,} free; nothing was written")
+        folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".partial", dir=destination.parent))
+    except OSError as error:
+        raise GrowkitError(f"{destination.parent}: {error.strerror}; nothing was written") from None
+    try:
+        yield folder
+        for path in folder.rglob("*"):
+            _sync(path)
+        folder.chmod(0o777 & ~_umask())
+        if destination.exists():
+            raise GrowkitError(f"{destination} appeared meanwhile; growkit overwrites nothing")
+        folder.rename(destination)
+        _sync(destination.parent)
+    except OSError as error:
+        raise GrowkitError(f"{destination}: {error.strerror or error}; nothing was written") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+def _write_weights(folder: Path, model: Model, progress: Callable[[int], None]) -> None:
+    shards = _shards(model.graph)
+    files = [SINGLE] if len(shards) == 1 else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    for name, shard in zip(files, shards, strict=True):
+        shapes = {t.name: (t.shape, dtype_of(t.parameter.dtype)) for t in shard}
+        write_file(folder / name, shapes, (_plain(model.weights[t.name]) for t in shard), progress)
+    if len(shards) > 1:
+        weight_map = {t.name: name for name, shard in zip(files, shards, strict=True) for t in shard}
+        _write_json(folder / INDEX, {"metadata": {"total_size": model.bytes}, "weight_map": weight_map})
+
+
+def _plain(array: Array) -> np.ndarray:
+    return np.asarray(array)
+
+
+def _shards(graph: LayerGraph) -> list[list[Tensor]]:
+    shards: list[list[Tensor]] = [[]]
+    held = 0
+    for tensor in graph.tensors():
+        size = tensor.count * dtype_of(tensor.parameter.dtype).itemsize
+        if shards[-1] and held + size > SHARD_BYTES:
+            shards.append([])
+            held = 0
+        shards[-1].append(tensor)
+        held += size
+    return shards
+
+
+# --- what stands beside the weights ------------------------------------------------------------------------------------
+
+COMPANIONS = {"*_Pooling/config.json": {"word_embedding_dimension": "hidden"}}
+"""Files beside the model that repeat a size: sentence-transformers' pooling."""
+
+
+def _carry_over(source: Path, folder: Path, graph: LayerGraph) -> None:
+    """Copy every file but weights; sizes that companions repeat follow the growth."""
+
+    def left_out(directory: str, names: list[str]) -> set[str]:
+        return {name for name in names if any(fnmatch(name, pattern) for pattern in NOT_CARRIED) and (name != "config.json" or Path(directory) == source)}
+
+    shutil.copytree(source, folder, ignore=left_out, dirs_exist_ok=True)
+    for pattern, keys in COMPANIONS.items():
+        for path in folder.glob(pattern):
+            data = json.loads(path.read_text(encoding="utf-8"))
+            _write_json(path, data | {key: graph.sizes[space] for key, space in keys.items() if key in data})
+
+
+def _describe(card: Path, model: Model) -> None:
+    """A section on the model card that tells the growth."""
+    assert model.growth is not None
+    recipe = model.growth.recipe
+    before = card.read_text(encoding="utf-8") if card.is_file() else f"# {model.origin.class_name}\n"
+    sizes = ", ".join(f"{name} {size}" for name, size in {**model.graph.sizes, **model.graph.depths}.items())
+    lines = [
+        "",
+        "## Grown with growkit",
+        "",
+        f"This model was grown out of a smaller trained one. It has {model.graph.parameter_count:,} parameters ({sizes}). "
+        f"`{RECIPE}` says how it was grown, `{OPERATOR}` holds the growth operator. What is said above of sizes and results "
+        "was said of the smaller model.",
+        "",
+    ]
+    if recipe is not None:
+        lines += ["```yaml", recipe.to_yaml().rstrip(), "```", ""]
+    card.write_text(before.rstrip("\n") + "\n" + "\n".join(lines), encoding="utf-8")

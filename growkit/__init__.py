@@ -1,0 +1,38 @@
+"""growkit: a larger transformer out of a smaller trained one. Read, plan, grow, write.
+
+model = growkit.read("small/")
+plan = growkit.plan(model, hidden=768, layers=12)
+large = growkit.grow(model, plan)
+growkit.write(large, "large/")
+growkit.verify(model, large)
+"""
+
+from growkit.adapters import Adapter, read, write
+from growkit.grow import grow
+from growkit.methods import methods
+from growkit.model import Model
+from growkit.operator import GrowthOperator
+from growkit.plan import Plan, plan
+from growkit.verdict import Verdict
+from growkit.verify import Report, verify
+from growkit_specs import GrowkitError, LayerGraph, Recipe, Target
+
+__version__ = "0.1.0"
+__all__ = [
+    "Adapter",
+    "GrowkitError",
+    "GrowthOperator",
+    "LayerGraph",
+    "Model",
+    "Plan",
+    "Recipe",
+    "Report",
+    "Target",
+    "Verdict",
+    "grow",
+    "methods",
+    "plan",
+    "read",
+    "verify",
+    "write",
+]

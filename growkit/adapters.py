@@ -1,0 +1,139 @@
+"""Adapters: where a model comes from and goes to. Found by the entry-point group ``growkit.adapters``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Protocol
+
+from growkit.matrices import Array
+from growkit.model import Model
+from growkit.operator import GrowthOperator
+from growkit_specs import GrowkitError, LayerGraph, UnsupportedModel
+
+Forward = Callable[..., Mapping[str, Array]]
+"""Runs a model: ``forward(inputs, weights=None)`` gives its outputs by name, differentiable in ``weights``."""
+
+
+class Adapter(Protocol):
+    """Translates models of one framework to and from the layer graph.
+
+    Laws, held by one conformance test: reading what was written gives the same; growth by identity gives equal
+    outputs; the source is unmodified; every parameter appears exactly once.
+    """
+
+    name: str
+
+    def matches(self, source: Any) -> bool:
+        """Whether this adapter reads ``source``; cheap, and imports no framework."""
+
+    def read(self, source: Any) -> Model:
+        """The layer graph and lazy weights of ``source``."""
+
+    def graph_like(self, source: Any) -> LayerGraph:
+        """The layer graph of a config or model whose weights are not needed."""
+
+    def resized(self, origin: Any, graph: LayerGraph, operator: GrowthOperator) -> Any:
+        """The origin of what ``operator`` makes of the model that came from ``origin``.
+
+        Raises:
+            InvalidTarget: Where the format cannot express ``graph``'s sizes.
+        """
+
+    def write(
+        self, model: Model, like: Any, destination: Path, progress: Callable[[int], None], check: Callable[[Model], None]
+    ) -> None:
+        """Write ``model`` at ``destination`` in the form of ``like``, which is untouched.
+
+        Args:
+            model: The model.
+            like: The origin of the model it was grown from.
+            destination: A path at which nothing exists; nothing appears there unless the whole of it is right.
+            progress: Called with the number of bytes written since the last call.
+            check: Called with the written model, read back, before it is put in place; it may raise.
+        """
+
+    def build(self, model: Model) -> Any:
+        """The model in memory, as the framework's own object."""
+
+    def forward(self, model: Model) -> Forward:
+        """A function that runs the model."""
+
+
+@cache
+def adapters() -> Mapping[str, Adapter]:
+    """Every installed adapter, by name."""
+    return {entry.name: entry.load()() for entry in entry_points(group="growkit.adapters")}
+
+
+def adapter_for(source: Any) -> Adapter:
+    """The adapter that reads ``source``.
+
+    Raises:
+        UnsupportedModel: Where none does.
+    """
+    for adapter in adapters().values():
+        if adapter.matches(source):
+            return adapter
+    if isinstance(source, (str, Path)):
+        path = Path(source)
+        what = "no such file or directory" if not path.exists() else "a directory without config.json" if path.is_dir() else "not a model"
+        raise UnsupportedModel(f"{path}: {what}; expected a model directory with config.json and safetensors")
+    raise UnsupportedModel(f"an object of type {type(source).__name__} is no model that an installed adapter reads")
+
+
+def read(source: Any) -> Model:
+    """Read a model.
+
+    Args:
+        source: A model directory, or an ``nn.Module`` of a known architecture.
+
+    Returns:
+        The model; its weights are loaded when they are asked for.
+
+    Raises:
+        GrowkitError: Where it cannot be read; one line says what is wrong, and where.
+    """
+    return adapter_for(source).read(Path(source) if isinstance(source, str) else source)
+
+
+def read_graph(source: Any) -> LayerGraph:
+    """The layer graph of a model or of a config file, without its weights: what ``--like`` takes."""
+    return adapter_for(source).graph_like(Path(source) if isinstance(source, str) else source)
+
+
+def write(
+    model: Model,
+    destination: str | Path,
+    *,
+    progress: Callable[[int], None] = lambda written: None,
+    check: Callable[[Model], None] = lambda written: None,
+) -> None:
+    """Write a model in the form its source had.
+
+    Args:
+        model: The model.
+        destination: Where; nothing may exist there, and nothing appears there unless the whole of it is right.
+        progress: Called with the number of bytes written since the last call.
+        check: Called with the written model, read back, before it is put in place; it may raise.
+
+    Raises:
+        GrowkitError: Where ``destination`` exists, its folder does not, or the disk is full.
+    """
+    path = Path(destination)
+    refuse_existing(path)
+    model.adapter.write(model, model.origin, path, progress, check)
+
+
+def refuse_existing(path: Path) -> None:
+    """Refuse a destination that exists, or whose folder does not.
+
+    Raises:
+        GrowkitError: Saying which.
+    """
+    if path.exists() or path.is_symlink():
+        raise GrowkitError(f"{path} exists; growkit overwrites nothing; remove it or name another destination")
+    if not path.absolute().parent.is_dir():
+        raise GrowkitError(f"{path.absolute().parent} is no directory; make it first")

@@ -1,0 +1,508 @@
+"""Structured matrices: each knows how to apply itself along an axis, its transpose and its dense form.
+
+Shape legend: ``D`` rows (target entries), ``d`` columns (source entries). Everything is written in terms that numpy
+and torch share, so the code that grows a checkpoint in numpy is the code that gradients flow through. Nothing builds a
+dense matrix outside :meth:`Matrix.as_matrix`.
+"""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any, ClassVar, final
+
+import numpy as np
+
+Array = Any
+"""A numpy array or a torch tensor."""
+
+
+def namespace(x: Array) -> Any:
+    """The array namespace of ``x``: numpy, or torch."""
+    return sys.modules[type(x).__module__.partition(".")[0]]
+
+
+def _reshape_axis(x: Array, axis: int, sizes: Sequence[int]) -> Array:
+    return x.reshape(*x.shape[:axis], *sizes, *x.shape[axis + 1 :])
+
+
+class Matrix(ABC):
+    """A linear map from ``d`` to ``D`` entries.
+
+    Every subclass is final. :meth:`apply` is the only way a matrix acts.
+    """
+
+    kind: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """``(D, d)``."""
+
+    @abstractmethod
+    def apply(self, x: Array, axis: int = 0) -> Array:
+        """This matrix times ``x`` along ``axis``: an axis of ``d`` entries becomes one of ``D``."""
+
+    @property
+    @abstractmethod
+    def mT(self) -> Matrix:  # noqa: N802 - the array API's name
+        """The transpose, ``d x D``."""
+
+    @property
+    @abstractmethod
+    def support(self) -> np.ndarray:
+        """``(D,)`` booleans: the rows that are not zero throughout."""
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether applying it changes nothing."""
+        return False
+
+    @property
+    def is_gather(self) -> bool:
+        """Whether every entry it gives is one entry it got, or zero: no arithmetic, so exact in every dtype."""
+        return False
+
+    @property
+    def pattern(self) -> Matrix | None:
+        """The unweighted selection this matrix is a weighting of, where it has at most one entry in each row."""
+        return None
+
+    def as_matrix(self) -> np.ndarray:
+        """The dense form, ``(D, d)`` float64: the oracle of the tests."""
+        dense: np.ndarray = np.asarray(self.apply(np.eye(self.shape[1]), axis=0))
+        return dense
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}{self.shape}"
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class Identity(Matrix):
+    """The identity of ``size`` entries."""
+
+    kind: ClassVar[str] = "identity"
+    size: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.size, self.size
+
+    def apply(self, x: Array, axis: int = 0) -> Array:
+        return x
+
+    @property
+    def mT(self) -> Matrix:
+        return self
+
+    @property
+    def support(self) -> np.ndarray:
+        return np.ones(self.size, dtype=bool)
+
+    @property
+    def is_identity(self) -> bool:
+        return True
+
+    @property
+    def is_gather(self) -> bool:
+        return True
+
+
+    @property
+    def pattern(self) -> Matrix | None:
+        return self
+
+
+@final
+@dataclass(frozen=True, repr=False, eq=False)
+class Selection(Matrix):
+    """Row ``i`` is ``weight[i]`` times the unit row ``index[i]``; an index of -1 is a zero row.
+
+    A gather, never a matmul: duplication, zero-padding and their scaled forms.
+
+    Attributes:
+        index: ``(D,)`` integers below ``columns``.
+        columns: ``d``.
+        weight: ``(D,)``, or None where every weight is 1.
+    """
+
+    kind: ClassVar[str] = "selection"
+    index: np.ndarray
+    columns: int
+    weight: np.ndarray | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.index), self.columns
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """``(d,)``: how many rows select each column."""
+        return np.bincount(self.index[self.index >= 0], minlength=self.columns)
+
+    def apply(self, x: Array, axis: int = 0) -> Array:
+        return _weighted(_gather(x, self.index, axis), self.weight, axis)
+
+    @property
+    def mT(self) -> Matrix:
+        return _Gathering(self)
+
+    @property
+    def support(self) -> np.ndarray:
+        chosen: np.ndarray = self.index >= 0
+        return chosen if self.weight is None else chosen & (self.weight != 0)
+
+    @property
+    def is_gather(self) -> bool:
+        return self.weight is None
+
+    @property
+    def pattern(self) -> Matrix | None:
+        return Selection(self.index, self.columns)
+
+
+@final
+@dataclass(frozen=True, repr=False, eq=False)
+class _Gathering(Matrix):
+    """The transpose of a selection: each source entry gathers the sum of its copies."""
+
+    kind: ClassVar[str] = "gathering"
+    selection: Selection
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.selection.shape
+        return columns, rows
+
+    @cached_property
+    def _copies(self) -> np.ndarray:
+        """``(most copies, d)``: the rows that select each column, filled up with -1."""
+        index, counts = self.selection.index, self.selection.counts
+        table = np.full((max(int(counts.max(initial=0)), 1), self.selection.columns), -1)
+        order = np.argsort(index, kind="stable")
+        order = order[index[order] >= 0]
+        starts = np.cumsum(counts) - counts
+        table[np.arange(len(order)) - starts[index[order]], index[order]] = order
+        return table
+
+    def apply(self, x: Array, axis: int = 0) -> Array:
+        weighted = _weighted(x, self.selection.weight, axis)
+        total = _gather(weighted, self._copies[0], axis)
+        for copy in self._copies[1:]:
+            total = total + _gather(weighted, copy, axis)
+        return total
+
+    @property
+    def mT(self) -> Matrix:
+        return self.selection
+
+    @property
+    def support(self) -> np.ndarray:
+        chosen: np.ndarray = self.selection.counts > 0
+        return chosen
+
+
+def _gather(x: Array, index: np.ndarray, axis: int) -> Array:
+    """Entries ``index`` of ``x`` along ``axis``; -1 gives zero."""
+    xp = namespace(x)
+    if (index < 0).any():  # one zero entry after the last, which is what -1 names
+        shape = (*x.shape[:axis], 1, *x.shape[axis + 1 :])
+        x = xp.concatenate([x, xp.zeros(shape, dtype=x.dtype, device=x.device)], axis=axis)
+    return x[(slice(None),) * axis + (xp.asarray(index, device=x.device),)]
+
+
+def _weighted(x: Array, weight: np.ndarray | None, axis: int) -> Array:
+    if weight is None:
+        return x
+    factors = namespace(x).asarray(weight, dtype=x.dtype, device=x.device)
+    return x * factors.reshape(-1, *(1,) * (x.ndim - axis - 1))
+
+
+def pad(rows: int, columns: int) -> Matrix:
+    """``[I; 0]``, ``(rows, columns)``: the source's entries first, then zeros."""
+    return Identity(rows) if rows == columns else Selection(np.r_[np.arange(columns), np.full(rows - columns, -1)], columns)
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class MeanFill(Matrix):
+    """``[I; (1/d) 1 1^T]``: the source's entries, then their mean in every new entry (LEMON's residue)."""
+
+    kind: ClassVar[str] = "mean_fill"
+    rows: int
+    columns: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows, self.columns
+
+    def apply(self, x: Array, axis: int = 0) -> Array:
+        xp = namespace(x)
+        mean = xp.mean(x, axis=axis)
+        shape = (*x.shape[:axis], self.rows - self.columns, *x.shape[axis + 1 :])
+        fill = xp.broadcast_to(mean.reshape(*x.shape[:axis], 1, *x.shape[axis + 1 :]), shape)
+        return xp.concatenate([x, fill], axis=axis)
+
+    @property
+    def mT(self) -> Matrix:
+        return _MeanSpread(self)
+
+    @property
+    def support(self) -> np.ndarray:
+        return np.ones(self.rows, dtype=bool)
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class _MeanSpread(Matrix):
+    """The transpose of a mean-fill: the sum of the new entries is spread evenly over the source's."""
+
+    kind: ClassVar[str] = "mean_spread"
+    fill: MeanFill
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.fill.columns, self.fill.rows
+
+    def apply(self, x: Array, axis: int = 0) -> Array:
+        lead = (slice(None),) * axis
+        kept, new = x[(*lead, slice(None, self.fill.columns))], x[(*lead, slice(self.fill.columns, None))]
+        total = namespace(x).sum(new, axis=axis) / self.fill.columns
+        return kept + total.reshape(*x.shape[:axis], 1, *x.shape[axis + 1 :])
+
+    @property
+    def mT(self) -> Matrix:
+        return self.fill
+
+    @property
+    def support(self) -> np.ndarray:
+        return np.ones(self.fill.columns, dtype=bool)
+
+
+@final
+@dataclass(frozen=True, repr=False, eq=False)
+class Dense(Matrix):
+    """An unstructured matrix; ``array`` is ``(D, d)``, numpy or torch (then gradients flow into it)."""
+
+    kind: ClassVar[str] = "dense"
+    array: Array
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.array.shape
+        return rows, columns
+
+    def apply(self, x: Array, axis: int = 0) -> Array:
+        xp = namespace(x)
+        matrix = self.array if namespace(self.array) is xp else xp.asarray(self.array, device=x.device)
+        matrix = matrix if matrix.dtype == x.dtype else xp.asarray(matrix, dtype=x.dtype)
+        rest = xp.moveaxis(x, axis, 0)
+        product = matrix @ rest.reshape(self.shape[1], -1)
+        return xp.moveaxis(product.reshape(self.shape[0], *rest.shape[1:]), 0, axis)
+
+    @property
+    def mT(self) -> Matrix:
+        return Dense(self.array.mT)
+
+    @property
+    def support(self) -> np.ndarray:
+        rows: np.ndarray = np.asarray(namespace(self.array).any(self.array != 0, axis=1))
+        return rows
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class Scaled(Matrix):
+    """``factor`` times ``matrix``."""
+
+    kind: ClassVar[str] = "scaled"
+    matrix: Matrix
+    factor: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.matrix.shape
+
+    def apply(self, x: Array, axis: int = 0) -> Array:
+        return self.matrix.apply(x, axis) * self.factor
+
+    @property
+    def mT(self) -> Matrix:
+        return Scaled(self.matrix.mT, self.factor)
+
+    @property
+    def support(self) -> np.ndarray:
+        return self.matrix.support if self.factor != 0 else np.zeros(self.shape[0], dtype=bool)
+
+    @property
+    def pattern(self) -> Matrix | None:
+        return self.matrix.pattern
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class Kronecker(Matrix):
+    """The Kronecker product of ``factors``: one matrix per space of a product axis, row-major.
+
+    ``(A (x) B) vec(X)`` is computed as ``A X B^T``: each factor is applied along its own axis.
+    """
+
+    kind: ClassVar[str] = "kronecker"
+    factors: tuple[Matrix, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return prod(f.shape[0] for f in self.factors), prod(f.shape[1] for f in self.factors)
+
+    def apply(self, x: Array, axis: int = 0) -> Array:
+        x = _reshape_axis(x, axis, [factor.shape[1] for factor in self.factors])
+        for offset, factor in enumerate(self.factors):
+            x = factor.apply(x, axis + offset)
+        return x.reshape(*x.shape[:axis], self.shape[0], *x.shape[axis + len(self.factors) :])
+
+    @property
+    def mT(self) -> Matrix:
+        return Kronecker(tuple(factor.mT for factor in self.factors))
+
+    @property
+    def support(self) -> np.ndarray:
+        rows = np.ones(1, dtype=bool)
+        for factor in self.factors:
+            rows = np.logical_and.outer(rows, factor.support).reshape(-1)
+        return rows
+
+    @property
+    def is_identity(self) -> bool:
+        return all(factor.is_identity for factor in self.factors)
+
+    @property
+    def is_gather(self) -> bool:
+        return all(factor.is_gather for factor in self.factors)
+
+    @property
+    def pattern(self) -> Matrix | None:
+        patterns = [factor.pattern for factor in self.factors]
+        return None if None in patterns else Kronecker(tuple(p for p in patterns if p is not None))
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class Concatenation(Matrix):
+    """The block diagonal of ``blocks``: one matrix per segment of a concatenated axis."""
+
+    kind: ClassVar[str] = "concatenation"
+    blocks: tuple[Matrix, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return sum(b.shape[0] for b in self.blocks), sum(b.shape[1] for b in self.blocks)
+
+    def apply(self, x: Array, axis: int = 0) -> Array:
+        lead, parts, start = (slice(None),) * axis, [], 0
+        for block in self.blocks:
+            stop = start + block.shape[1]
+            parts.append(block.apply(x[(*lead, slice(start, stop))], axis))
+            start = stop
+        return namespace(x).concatenate(parts, axis=axis)
+
+    @property
+    def mT(self) -> Matrix:
+        return Concatenation(tuple(block.mT for block in self.blocks))
+
+    @property
+    def support(self) -> np.ndarray:
+        return np.concatenate([block.support for block in self.blocks])
+
+    @property
+    def is_identity(self) -> bool:
+        return all(block.is_identity for block in self.blocks)
+
+    @property
+    def is_gather(self) -> bool:
+        return all(block.is_gather for block in self.blocks)
+
+    @property
+    def pattern(self) -> Matrix | None:
+        patterns = [block.pattern for block in self.blocks]
+        return None if None in patterns else Concatenation(tuple(p for p in patterns if p is not None))
+
+
+def scaled(matrix: Matrix, factor: float) -> Matrix:
+    """``factor`` times ``matrix``; the matrix itself where the factor is 1."""
+    return matrix if factor == 1 else Scaled(matrix, factor)
+
+
+def kronecker(*factors: Matrix) -> Matrix:
+    """The Kronecker product; of one factor, that factor; of identities, an identity."""
+    if all(factor.is_identity for factor in factors):
+        return Identity(prod(factor.shape[0] for factor in factors))
+    return factors[0] if len(factors) == 1 else Kronecker(factors)
+
+
+def block_diagonal(*blocks: Matrix) -> Matrix:
+    """The block diagonal; of one block, that block; of identities, an identity."""
+    if all(block.is_identity for block in blocks):
+        return Identity(sum(block.shape[0] for block in blocks))
+    return blocks[0] if len(blocks) == 1 else Concatenation(blocks)
+
+
+# --- saving --------------------------------------------------------------------------------------------------------
+
+State = dict[str, Any]
+
+
+def to_state(matrix: Matrix, arrays: dict[str, np.ndarray], prefix: str) -> State:
+    """The matrix as plain data; its arrays go into ``arrays`` under names that start with ``prefix``."""
+
+    def keep(name: str, array: Array) -> str:
+        arrays[f"{prefix}.{name}"] = np.asarray(array)
+        return f"{prefix}.{name}"
+
+    state: State = {"kind": matrix.kind}
+    match matrix:
+        case Identity(size):
+            state |= {"size": size}
+        case Selection():
+            state |= {"columns": matrix.columns, "index": keep("index", matrix.index)}
+            if matrix.weight is not None:
+                state |= {"weight": keep("weight", matrix.weight)}
+        case MeanFill(rows, columns):
+            state |= {"rows": rows, "columns": columns}
+        case Dense(array):
+            state |= {"array": keep("array", array.detach().cpu() if hasattr(array, "detach") else array)}
+        case Scaled(inner, factor):
+            state |= {"matrix": to_state(inner, arrays, f"{prefix}.matrix"), "factor": factor}
+        case Kronecker(parts) | Concatenation(parts):
+            state |= {"parts": [to_state(part, arrays, f"{prefix}.{i}") for i, part in enumerate(parts)]}
+        case _:  # a transpose: saved as what it is the transpose of
+            state |= {"kind": "transpose", "matrix": to_state(matrix.mT, arrays, f"{prefix}.matrix")}
+    return state
+
+
+def from_state(state: State, arrays: dict[str, np.ndarray]) -> Matrix:
+    """The inverse of :func:`to_state`."""
+    match state["kind"]:
+        case "identity":
+            return Identity(state["size"])
+        case "selection":
+            weight = arrays[state["weight"]] if "weight" in state else None
+            return Selection(arrays[state["index"]], state["columns"], weight)
+        case "mean_fill":
+            return MeanFill(state["rows"], state["columns"])
+        case "dense":
+            return Dense(arrays[state["array"]])
+        case "scaled":
+            return Scaled(from_state(state["matrix"], arrays), state["factor"])
+        case "kronecker":
+            return Kronecker(tuple(from_state(part, arrays) for part in state["parts"]))
+        case "concatenation":
+            return Concatenation(tuple(from_state(part, arrays) for part in state["parts"]))
+        case "transpose":
+            return from_state(state["matrix"], arrays).mT
+        case kind:
+            raise ValueError(f"unknown matrix kind {kind!r}")

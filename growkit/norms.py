@@ -1,0 +1,65 @@
+"""What happens to a norm's scale, shift and epsilon, and to layer scale, when their space grows.
+
+A norm sees ``B x`` and gives ``gain * C norm(x)``, with its variance multiplied by ``variance``; so
+
+    scale'   = pattern(C) scale / gain        (elementwise parameters are picked, never mixed: ``B scale`` is wrong)
+    shift'   = C shift
+    epsilon' = variance * epsilon
+
+Entries of the scale that nothing passes through yet are free; they take the mean of the trained ones, so that the new
+channels are read at the strength of the old ones from the first step. (OPERATORS E4, E4b, E5.)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from growkit.matrices import Array, Matrix, namespace
+
+if TYPE_CHECKING:
+    from growkit.operator import Expansion
+
+
+def grown_scale(expansion: Expansion, scale: Array, fill: float | None, factor: float) -> Array:
+    """A norm's scale, ``(d,)`` to ``(D,)``.
+
+    Args:
+        expansion: How the norm's space grows.
+        scale: The trained scale.
+        fill: The value of free entries; None takes the mean of ``scale``.
+        factor: A factor on the norm's whole output.
+    """
+    pattern = expansion.seen.pattern
+    if pattern is None:  # a learned, dense C: LiGO's published rule
+        return expansion.seen.apply(scale) * (factor / expansion.gain)
+    return _picked(pattern, scale, fill) * (factor / expansion.gain)
+
+
+def grown_layer_scale(expansion: Expansion, scale: Array, fill: float | None) -> Array:
+    """A layer scale, ``(d,)`` to ``(D,)``: picked where the writer's rows are, free elsewhere.
+
+    Where the write matrix mixes channels (mean-fill) the new entries are free too, since the writer's new rows are
+    folded with the source's layer scale and divided by the grown one.
+    """
+    pattern = expansion.write.pattern or expansion.seen.pattern
+    return expansion.write.apply(scale) if pattern is None else _picked(pattern, scale, fill)
+
+
+def _picked(pattern: Matrix, scale: Array, fill: float | None) -> Array:
+    xp = namespace(scale)
+    free = 0 * scale + (xp.mean(scale) if fill is None else fill)
+    used = xp.asarray(pattern.support, device=scale.device)
+    return xp.where(used, pattern.apply(scale), xp.mean(free))
+
+
+def mean_square(norm: str, x: np.ndarray) -> np.ndarray:
+    """What a norm divides by, squared: the mean square (``rms``) or the variance (``layer``) over the last axis."""
+    return np.mean(np.square(x), -1) if norm == "rms" else np.var(x, -1)
+
+
+def normalised(norm: str, x: np.ndarray) -> np.ndarray:
+    """``x`` normalised over its last axis by a norm without scale, shift and epsilon."""
+    centred = x if norm == "rms" else x - x.mean(-1, keepdims=True)
+    return centred / np.sqrt(mean_square(norm, x))[..., None]

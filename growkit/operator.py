@@ -1,0 +1,383 @@
+"""The growth operator: one linear map from a small model's parameters to a large one's.
+
+For a slot ``k`` with out-space ``o`` and in-space ``i``, target layer ``t`` and source layers ``j``:
+
+    W'[k,t] = sum_j w[k][t,j] * B[o] W[k,j] A[i]^T  +  Z[k,t]
+
+Shape legend: lower case for source sizes, upper case for target sizes. ``B_Oo`` writes, ``A_Ii`` reads, ``w_Ll``
+blends layers, ``Z`` holds fresh entries. Width and depth commute, so the blend comes first: it is cheaper.
+(Wang et al., LiGO, ICLR 2023, section 3; write and read matrices apart as in DESIGN's template.)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+from zlib import crc32
+
+import numpy as np
+
+from growkit import norms
+from growkit.matrices import (
+    Array,
+    Identity,
+    Matrix,
+    block_diagonal,
+    from_state,
+    kronecker,
+    namespace,
+    scaled,
+    to_state,
+)
+from growkit_specs import Axis, Concatenation, Fixed, GrowkitError, Leaf, Product, Tensor, UnsupportedModel
+from growkit_specs.layout import product, spaces_of
+
+Side = Literal["write", "read", "seen"]
+Source = Callable[[str, int | None], Array]
+"""Gives a source tensor by its key (stack, layer and slot) and its layer's number."""
+
+OPERATOR_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """How one space grows: the pair of matrices that serves every parameter that touches it.
+
+    Attributes:
+        write: ``B``, ``(D, d)``: what writers write. Rows of weights, biases, embeddings.
+        read: ``A``, ``(D, d)``: what readers read with. Columns of weights.
+        seen: ``C``, ``(D, d)``: what readers see. Through a norm that is not always what was written:
+            ``norm(B x) = gain * C norm(x)``. Elsewhere ``C = B``.
+        gain: The factor the norm's scale takes back.
+        variance: The ratio of the mean square (RMSNorm) or variance (LayerNorm) after to before, which epsilon follows.
+        fresh: Where new capacity comes from. ``read``: writers are determined, readers take fresh entries in the null
+            space of ``C``. ``write``: writers take fresh entries in the rows that ``B`` leaves zero, readers are silent
+            there. ``both``: nobody reads or writes the new entries yet. None: nothing is fresh.
+    """
+
+    write: Matrix
+    read: Matrix
+    seen: Matrix
+    gain: float = 1.0
+    variance: float = 1.0
+    fresh: Literal["read", "write", "both"] | None = None
+
+    @property
+    def grows(self) -> bool:
+        """Whether this is anything but the identity."""
+        return not (self.write.is_identity and self.read.is_identity)
+
+
+def unchanged(size: int) -> Expansion:
+    """The expansion of a space that does not grow."""
+    return Expansion(Identity(size), Identity(size), Identity(size))
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """The fresh entries ``Z``: reproducible normal noise.
+
+    Attributes:
+        seed: The seed; every tensor draws from a stream of its own, so the order of growing does not matter.
+        scale: The standard deviation, as a multiple of ``reference``.
+        reference: ``trained``: of the entries the tensor already has; ``init``: of the model's initialisation, and
+            every entry is fresh.
+        init_std: The standard deviation of the model's initialisation.
+    """
+
+    seed: int = 0
+    scale: float = 1.0
+    reference: Literal["trained", "init"] = "trained"
+    init_std: float = 0.02
+
+    def std(self, trained: Array) -> Any:
+        """The standard deviation of a tensor's fresh entries, given its trained ones."""
+        if self.reference == "init":
+            return self.init_std * self.scale
+        return namespace(trained).std(trained) * self.scale
+
+    def draw(self, name: str, like: Array, shape: Sequence[int]) -> Array:
+        """Standard normal entries for the tensor ``name``, in the namespace and dtype of ``like``."""
+        entries = np.random.default_rng([self.seed, crc32(name.encode())]).standard_normal(shape, dtype=np.float32)
+        return namespace(like).asarray(entries, dtype=like.dtype, device=like.device)
+
+
+@dataclass(frozen=True)
+class GrowthOperator:
+    """The growth operator, without the weights it acts on.
+
+    Attributes:
+        expansions: By space (``hidden``), or by space and basis where they differ (``head_dim[q]``); also by a whole
+            axis, ``(heads head_dim)[q]``, for matrices that mix its spaces.
+        blend: ``w``, ``(L2, L1)``, by stack; and by a slot's key (``stack/layer/slot``) where it differs.
+        norm_factors: Factors on the output of norms, by layer name: what a tied head needs where ``B^T C`` is not 1.
+        untied: Names of parameters that the source ties and the target cannot.
+        fresh: How fresh entries are drawn.
+        residual: Explicit entries of ``Z``, by the target tensor's name; they replace the fresh ones.
+    """
+
+    expansions: Mapping[str, Expansion]
+    blend: Mapping[str, np.ndarray]
+    norm_factors: Mapping[str, float] = field(default_factory=dict)
+    untied: tuple[str, ...] = ()
+    fresh: Fresh = Fresh()
+    residual: Mapping[str, Array] = field(default_factory=dict)
+
+    # --- the equation ----------------------------------------------------------------------------------------------
+
+    def grow(self, target: Tensor, source: Source) -> Array:
+        """One tensor of the larger model.
+
+        Args:
+            target: The tensor to make; its parameter's layout says which matrices act on it.
+            source: Gives the source's tensors.
+
+        Returns:
+            An array of ``target.shape``, in the source's namespace and dtype.
+        """
+        W = self.blended(target, source)
+        return self.widened(target, W, source) + self.residual_of(target, W)
+
+    def blended(self, target: Tensor, source: Source) -> Array:
+        """``sum_j w[t,j] W_j``: the depth blend of the target's slot."""
+        if target.stack is None:
+            return self._folded(target, source, None)
+        row = self.blend_of(target)[target.layer]
+        layers = np.flatnonzero(row) if isinstance(row, np.ndarray) else range(len(row))
+        if len(layers) == 0:
+            return 0 * source(target.key, 0)
+        terms = [self._folded(target, source, int(j)) for j in layers]
+        return sum((row[j] * W for j, W in zip(layers[1:], terms[1:], strict=True)), _times(row[layers[0]], terms[0]))
+
+    def widened(self, target: Tensor, W: Array, source: Source) -> Array:
+        """``B W A^T``: each axis of ``W`` mapped by the matrix of its space."""
+        layout = target.parameter.parsed
+        for axis, role in enumerate(layout.roles):
+            if role == "scale":
+                W = self._scaled(target, W)
+            else:
+                W = self.axis_matrix(target, axis).apply(W, axis)
+        if self._needs_fold(target):  # the writer's rows were folded with the layer scale; divide the grown one out
+            W = W / self._layer_scale(target, source).reshape(-1, *(1,) * (W.ndim - 1))
+        return W
+
+    def residual_of(self, target: Tensor, W: Array) -> Array:
+        """``Z``: fresh entries where the function does not see them, from ``W`` for their scale.
+
+        New rows that nobody reads are drawn freely; the entries of readers are drawn in the null space of what they
+        see: ``Z = N - N C A^T``, so that ``Z C = 0``.
+        """
+        if target.name in self.residual:
+            return self.residual[target.name]
+        layout = target.parameter.parsed
+        if not layout.reads:
+            return 0
+        null = [a for a, role in enumerate(layout.roles) if role == "read" and self._reads_fresh(layout.axes[a])]
+        free = np.full(target.shape, self.fresh.reference == "init")
+        for a, role in enumerate(layout.roles):
+            unused = self._unused(target, a, ("write", "both") if role == "write" else ("both",))
+            free |= unused.reshape(-1, *(1,) * (len(target.shape) - a - 1))
+        if not null and not free.any():
+            return 0
+        xp = namespace(W)
+        N = self.fresh.draw(target.name, W, target.shape) * self.fresh.std(W)
+        hidden = 0 * N
+        if null:
+            hidden = N
+            for a in null:
+                A, C = self.axis_matrix(target, a), self.axis_matrix(target, a, "seen")
+                hidden = _quieted(hidden, A, a)
+                hidden = hidden - A.apply(C.mT.apply(hidden, a), a)
+        return xp.where(xp.asarray(free, device=W.device), N, hidden) if free.any() else hidden
+
+    # --- the matrices of a tensor ----------------------------------------------------------------------------------
+
+    def axis_matrix(self, target: Tensor, axis: int, side: Side | None = None) -> Matrix:
+        """The matrix of one axis of a tensor: a Kronecker product of its spaces' matrices, or a concatenation.
+
+        Args:
+            target: The tensor.
+            axis: Which of its axes, in storage order.
+            side: Which matrix; None takes what the axis's role asks for.
+        """
+        layout = target.parameter.parsed
+        role = layout.roles[axis]
+        chosen: Side = side or {"write": "write", "read": "read"}.get(role, "seen")  # type: ignore[assignment]
+        if role in ("write", "read") and target.owner.through is None and chosen == "seen":
+            chosen = "write"  # read without a norm: what is seen is what was written
+        matrix = self.matrix(chosen, layout.axes[axis], target.parameter.bases)
+        if role in ("scale", "shift"):
+            return scaled(matrix, self.norm_factors.get(target.owner.name, 1.0))
+        if role == "read" and target.owner.through is not None and not self._is_tied(target):
+            factor = self.norm_factors.get(target.owner.through, 1.0)
+            return scaled(matrix, 1 / factor if chosen == "read" else factor)
+        return matrix
+
+    def matrix(self, side: Side, axis: Axis, bases: Sequence[str] = ()) -> Matrix:
+        """The matrix of an axis on one side, composed from its spaces."""
+        return self._composed(axis, bases, lambda expansion: getattr(expansion, side))
+
+    def _composed(self, axis: Axis, bases: Sequence[str], leaf: Callable[[Expansion], Matrix]) -> Matrix:
+        """The matrix of an axis, given what each expansion contributes."""
+        for basis in bases if len(bases) == 1 else ():
+            if f"{axis}[{basis}]" in self.expansions:
+                return leaf(self.expansions[f"{axis}[{basis}]"])
+        match axis:
+            case Leaf(space):
+                return leaf(self.expansions[space])
+            case Fixed(size):
+                return Identity(size)
+            case Concatenation(segments):
+                own = [(basis,) for basis in bases] if len(bases) == len(segments) else [tuple(bases)] * len(segments)
+                return block_diagonal(*(self._composed(s, b, leaf) for s, b in zip(segments, own, strict=True)))
+            case Product((Fixed(size), *rest)) if size == len(bases):
+                return block_diagonal(*(self._composed(product(*rest), (basis,), leaf) for basis in bases))
+            case Product(factors):
+                if len(bases) > 1 and any(f"{f}[{b}]" in self.expansions for f in factors for b in bases):
+                    raise UnsupportedModel(f"the axis {axis} interleaves {', '.join(bases)}, which grow differently here")
+                return kronecker(*(self._composed(factor, bases, leaf) for factor in factors))
+
+    def blend_of(self, target: Tensor) -> Any:
+        """``w`` of the target's slot, ``(L2, L1)``."""
+        return self.blend.get(target.key, self.blend[str(target.stack)])
+
+    def layer_map(self, stack: str) -> list[int]:
+        """For each target layer of ``stack`` the source layer with the largest weight."""
+        return [int(j) for j in np.asarray(self.blend[stack]).argmax(axis=1)]
+
+    def read_matrix(self, space: str, through: str | None = None) -> Matrix:
+        """The matrix an output that lives in ``space`` is brought back with: ``A^T``, ``(d, D)``."""
+        return scaled(self.expansions[space].read, 1 / self.norm_factors.get(through or "", 1.0)).mT
+
+    # --- norms, layer scale, ties ----------------------------------------------------------------------------------
+
+    def _is_tied(self, target: Tensor) -> bool:
+        return target.parameter.tied_to is not None
+
+    def _reads_fresh(self, axis: Axis) -> bool:
+        """Whether readers of an axis take fresh entries; where any of its spaces has fresh writers they are silent."""
+        sides = {self.expansions[space].fresh for space in spaces_of(axis) if self.expansions[space].grows}
+        return "read" in sides and "write" not in sides
+
+    def _unused(self, target: Tensor, axis: int, sides: Sequence[str]) -> np.ndarray:
+        """``(D,)`` booleans: the entries of an axis that are new in some space whose new entries are free."""
+
+        def leaf(expansion: Expansion) -> Matrix:
+            return expansion.write if expansion.fresh in sides else Identity(expansion.write.shape[0])
+
+        parameter = target.parameter
+        unused: np.ndarray = ~self._composed(parameter.parsed.axes[axis], parameter.bases, leaf).support
+        return unused
+
+    def _scaled(self, target: Tensor, W: Array) -> Array:
+        (axis,) = target.parameter.parsed.axes
+        (space,) = spaces_of(axis)
+        fill = 1.0 if self.fresh.reference == "init" else None
+        if target.parameter.module == "layer_scale":
+            return norms.grown_layer_scale(self.expansions[space], W, fill)
+        return norms.grown_scale(self.expansions[space], W, fill, self.norm_factors.get(target.owner.name, 1.0))
+
+    def _needs_fold(self, target: Tensor) -> bool:
+        """Whether a layer scale multiplies what this tensor writes, by a matrix that mixes channels."""
+        if target.owner.parameter("layer_scale") is None or target.parameter.module == "layer_scale":
+            return False
+        scale = target.owner.parameter("layer_scale")
+        assert scale is not None
+        (space,) = scale.parsed.spaces
+        return space in target.parameter.parsed.written_spaces() and self.expansions[space].write.pattern is None
+
+    def _folded(self, target: Tensor, source: Source, layer: int | None) -> Array:
+        W = source(target.key, layer)
+        if not self._needs_fold(target):
+            return W
+        scale = source(self._layer_scale_key(target), layer)
+        return W * scale.reshape(-1, *(1,) * (W.ndim - 1))
+
+    def _layer_scale_key(self, target: Tensor) -> str:
+        return f"{target.stack or ''}/{target.owner.name}/layer_scale"
+
+    def _layer_scale(self, target: Tensor, source: Source) -> Array:
+        scale = target.owner.parameter("layer_scale")
+        assert scale is not None
+        return self.grow(replace(target, parameter=scale, name=scale.name, shape=target.shape[:1]), source)
+
+    # --- saving ----------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Save as one safetensors file: the arrays, and the structure as JSON in its metadata.
+
+        Args:
+            path: The file to write; it is replaced.
+        """
+        from safetensors.numpy import save_file
+
+        arrays: dict[str, np.ndarray] = {}
+        expansions = {
+            key: {
+                "write": to_state(e.write, arrays, f"{key}.write"),
+                "read": to_state(e.read, arrays, f"{key}.read"),
+                "seen": to_state(e.seen, arrays, f"{key}.seen"),
+                "gain": e.gain,
+                "variance": e.variance,
+                "fresh": e.fresh,
+            }
+            for key, e in self.expansions.items()
+        }
+        arrays |= {f"blend.{key}": np.asarray(w) for key, w in self.blend.items()}
+        arrays |= {f"residual.{name}": np.asarray(Z) for name, Z in self.residual.items()}
+        structure = {
+            "format": OPERATOR_FORMAT,
+            "expansions": expansions,
+            "blend": sorted(self.blend),
+            "residual": sorted(self.residual),
+            "norm_factors": dict(self.norm_factors),
+            "untied": list(self.untied),
+            "fresh": vars(self.fresh),
+        }
+        contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        save_file(contiguous, str(path), metadata={"growkit_operator": json.dumps(structure)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> GrowthOperator:
+        """Load what :meth:`save` wrote.
+
+        Raises:
+            GrowkitError: Where the file is not an operator.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), framework="numpy") as file:
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+                structure = json.loads((file.metadata() or {})["growkit_operator"])
+            return cls(
+                expansions={
+                    key: Expansion(
+                        *(from_state(state[side], arrays) for side in ("write", "read", "seen")),
+                        gain=state["gain"],
+                        variance=state["variance"],
+                        fresh=state["fresh"],
+                    )
+                    for key, state in structure["expansions"].items()
+                },
+                blend={key: arrays[f"blend.{key}"] for key in structure["blend"]},
+                norm_factors=structure["norm_factors"],
+                untied=tuple(structure["untied"]),
+                fresh=Fresh(**structure["fresh"]),
+                residual={name: arrays[f"residual.{name}"] for name in structure["residual"]},
+            )
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise GrowkitError(f"{path}: not a growth operator that growkit saved ({error})") from None
+
+
+def _times(factor: Any, W: Array) -> Array:
+    return W if isinstance(factor, np.floating) and factor == 1 else factor * W
+
+
+def _quieted(N: Array, A: Matrix, axis: int) -> Array:
+    """Noise in the scale of the reader's own entries: a reader whose columns are shared out has smaller ones."""
+    share = float(np.abs(A.mT.apply(np.ones(A.shape[0]))).mean() / max(A.support.sum() / A.shape[1], 1))
+    return N * share if share < 1 else N

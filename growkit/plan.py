@@ -1,0 +1,375 @@
+"""Planning: a target's sizes resolved, the operator built, the costs and the verdict told before any weight is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
+from functools import cached_property
+from math import ceil
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+
+from growkit.methods import SpaceGrowth, chosen
+from growkit.methods.registry import Method, norms_over
+from growkit.model import Model
+from growkit.operator import Expansion, Fresh, GrowthOperator, unchanged
+from growkit.verdict import Verdict, tie_factor, variances, verdict, writer_keys
+from growkit_specs import InvalidTarget, LayerGraph, Recipe, Target, evaluate
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a growth will do.
+
+    Attributes:
+        source: The source's graph.
+        target: The grown model's graph.
+        operator: The operator that takes one to the other.
+        recipe: The request it answers.
+    """
+
+    source: LayerGraph
+    target: LayerGraph
+    operator: GrowthOperator
+    recipe: Recipe
+
+    @property
+    def method(self) -> str:
+        """The method's name."""
+        return self.recipe.method
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        """Whether the function is preserved, and why or why not."""
+        return verdict(self.source, self.operator)
+
+    @property
+    def preserving(self) -> bool:
+        """Whether the grown model computes what the source does."""
+        return self.verdict.preserving
+
+    def changes(self) -> list[tuple[str, tuple[int, ...] | None, tuple[int, ...]]]:
+        """Every slot's old and new shape: ``(key, source shape, target shape)``, a stack's layers once."""
+        old = {tensor.key: tensor.shape for tensor in self.source.tensors(tied=True)}
+        new = {tensor.key: tensor.shape for tensor in self.target.tensors(tied=True)}
+        return [(key, old.get(key), shape) for key, shape in new.items()]
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as the command line prints it under ``--json``."""
+        return {
+            "source": summary(self.source),
+            "target": summary(self.target),
+            "method": self.method,
+            "preserving": self.preserving,
+            "reasons": [asdict(reason) for reason in self.verdict.reasons],
+            "outputs": [
+                {"name": port.name, "space": port.space}
+                for port in self.source.outputs
+                if port.space and self.operator.expansions[port.space].grows
+            ],
+            "parameters": [
+                {"slot": key, "source_shape": old, "target_shape": new} for key, old, new in self.changes()
+            ],
+        }
+
+
+def summary(graph: LayerGraph) -> dict[str, Any]:
+    """Sizes, depths, parameters, bytes and FLOPs per token of a graph."""
+    from growkit.grow import dtype_of
+
+    return {
+        "spaces": graph.sizes,
+        "stacks": graph.depths,
+        "parameters": graph.parameter_count,
+        "bytes": sum(t.count * dtype_of(t.parameter.dtype).itemsize for t in graph.tensors()),
+        "flops_per_token": flops_per_token(graph),
+    }
+
+
+def flops_per_token(graph: LayerGraph) -> int:
+    """Forward FLOPs per token of the matrix products with weights: two for each entry; attention scores not counted."""
+    return sum(
+        2 * t.count
+        for t in graph.tensors(tied=True)
+        if t.parameter.parsed.reads and t.owner.kind != "embedding"
+    )
+
+
+def plan(
+    model: Model,
+    target: Target | None = None,
+    *,
+    method: str = "lossless",
+    seed: int = 0,
+    fresh: float | None = None,
+    like: LayerGraph | None = None,
+    **sizes: Any,
+) -> Plan:
+    """Plan a growth.
+
+    Args:
+        model: The source.
+        target: The sizes asked for; or name them as keywords: ``hidden=768, layers="2x"``.
+        method: A method's name, or ``width=NAME,depth=NAME``.
+        seed: The seed of the fresh entries and of methods that draw.
+        fresh: The scale of fresh entries, as a multiple of the trained ones' standard deviation; None takes the
+            method's own.
+        like: A graph whose sizes to grow to; ``sizes`` given beside it come first.
+        sizes: ``hidden heads kv_heads head_dim ffn layers vocab positions``, absolute (``768``) or relative
+            (``"1.5x"``). What is not named follows: head_dim stays, heads and ffn follow hidden in ratio.
+
+    Raises:
+        InvalidTarget: Where the sizes cannot be, with the nearest that can; or the method cannot.
+    """
+    source = model.graph
+    target = target or Target.of(**sizes)
+    request = {**(_sizes_of(like, source) if like else {}), **target.requested()}
+    new_sizes, depths = resolve(source, request)
+    widens = any(new_sizes[space] > size for space, size in source.sizes.items())
+    deepens = any(depths[name] > depth for name, depth in source.depths.items())
+    wide, deep = chosen(method, widens=widens, deepens=deepens)
+    init_std = float(source.attributes.get("initializer_range") or 0.02)
+    operator = GrowthOperator(
+        expansions=_expansions(source, new_sizes, wide, seed),
+        blend=_blend(source, depths, deep),
+        fresh=Fresh(seed, wide.fresh if fresh is None else fresh, wide.reference, init_std),
+    )
+    operator = _with_ties(source, operator)
+    recipe = Recipe(
+        source=str(getattr(model.origin, "path", None) or source.attributes.get("class") or source.architecture),
+        target=Target.of(**request),
+        method=method,
+        seed=seed,
+        fresh=fresh,
+    )
+    grown = target_graph(source, operator)
+    model.adapter.resized(model.origin, grown, operator)  # refuses sizes that the format cannot express
+    return Plan(source, grown, operator, recipe)
+
+
+def target_graph(source: LayerGraph, operator: GrowthOperator) -> LayerGraph:
+    """The graph of what an operator makes of ``source``.
+
+    Raises:
+        InvalidTarget: Where the operator was made for other sizes.
+    """
+    for space, size in source.sizes.items():
+        if space not in operator.expansions or operator.expansions[space].write.shape[1] != size:
+            raise InvalidTarget(f"the operator does not grow a model whose {space} is {size}")
+    for stack, depth in source.depths.items():
+        if stack not in operator.blend or operator.blend[stack].shape[1] != depth:
+            raise InvalidTarget(f"the operator does not grow a model with {depth} layers in {stack}")
+    epsilons = {}
+    for _, layer in source.walk():
+        key = str(layer.attributes.get("epsilon_key"))
+        ratios = variances(source, operator, key)
+        if ratios and ratios[0] != 1 and len(set(ratios)) == 1:
+            epsilons[key] = float(layer.attributes["epsilon"] or 0) * ratios[0]  # type: ignore[arg-type]
+    return source.resized(
+        {space: operator.expansions[space].write.shape[0] for space in source.sizes},
+        {stack: operator.blend[stack].shape[0] for stack in source.depths},
+        untied=operator.untied,
+        epsilons=epsilons,
+    )
+
+
+def _expansions(source: LayerGraph, sizes: Mapping[str, int], method: Method, seed: int) -> dict[str, Expansion]:
+    expansions = {space: unchanged(size) for space, size in source.sizes.items()}
+    for space, size in source.sizes.items():
+        if sizes[space] > size or method.reference == "init":
+            assert method.width is not None
+            rng = np.random.default_rng([seed, crc32(space.encode())])
+            growth = SpaceGrowth(source, space, size, sizes[space], rng, _keeps_epsilon(source, sizes, space))
+            expansions.update(method.width(growth))
+    return expansions
+
+
+def _keeps_epsilon(source: LayerGraph, sizes: Mapping[str, int], space: str) -> bool:
+    """Whether norms over ``space`` share an epsilon key with norms over a space that does not grow in the same ratio."""
+    keys = {layer.attributes.get("epsilon_key") for layer in norms_over(source, space)} - {None}
+    sharing = {
+        other
+        for _, layer in source.walk()
+        if layer.kind == "norm" and layer.attributes.get("epsilon_key") in keys
+        for other in layer.parameters[0].parsed.spaces
+    }
+    return len({Fraction(sizes[other], source.sizes[other]) for other in sharing}) > 1
+
+
+def _blend(source: LayerGraph, depths: Mapping[str, int], method: Method) -> dict[str, np.ndarray]:
+    blend: dict[str, np.ndarray] = {}
+    for stack in source.stacks:
+        blend[stack.name] = np.eye(stack.depth)
+        if depths[stack.name] > stack.depth:
+            assert method.depth is not None
+            deepened = method.depth(stack, depths[stack.name])
+            blend[stack.name] = deepened.blend(stack.depth)
+            if any(deepened.silent):
+                blend |= dict.fromkeys(writer_keys(source, stack), deepened.writers_blend(stack.depth))
+    return blend
+
+
+def _with_ties(source: LayerGraph, operator: GrowthOperator) -> GrowthOperator:
+    """Tied heads: the factor their norm needs, or a tensor of their own where no factor would do."""
+    factors: dict[str, float] = {}
+    untied: list[str] = []
+    for _, layer in source.walk():
+        for parameter in layer.parameters:
+            if parameter.tied_to is None or not parameter.parsed.reads:
+                continue
+            factor = tie_factor(source, operator, parameter.name)
+            if factor is None and operator.fresh.reference != "init":
+                untied.append(parameter.name)
+            elif factor is not None and not np.isclose(factor, 1, rtol=1e-12):
+                factors[str(layer.through)] = factor
+    if untied:  # a config ties all or nothing
+        untied = [p.name for _, layer in source.walk() for p in layer.parameters if p.tied_to is not None]
+    return replace(operator, norm_factors={} if untied else factors, untied=tuple(untied))
+
+
+# --- sizes ---------------------------------------------------------------------------------------------------------
+
+
+def _sizes_of(like: LayerGraph, source: LayerGraph) -> dict[str, int | str]:
+    sizes = {**like.sizes, "layers": next(iter(like.depths.values()))}
+    if "kv_heads" in sizes:
+        sizes["heads"] = sizes["kv_heads"] * sizes["group"]
+    names = [name for name in Target.model_fields if name in sizes and (name in source.sizes or name in ("heads", "layers"))]
+    return {name: sizes[name] for name in names}
+
+
+def resolve(source: LayerGraph, request: Mapping[str, int | str]) -> tuple[dict[str, int], dict[str, int]]:
+    """Every space's and stack's new size.
+
+    Args:
+        source: The source's graph.
+        request: The sizes that were named.
+
+    Raises:
+        InvalidTarget: For a size the model does not have, that is smaller than the source's, or that cannot be; the
+            nearest that can is named.
+    """
+    return _Resolution(source, request).sizes_and_depths()
+
+
+class _Resolution:
+    def __init__(self, source: LayerGraph, request: Mapping[str, int | str]) -> None:
+        self.source = source
+        self.old = dict(source.sizes)
+        self.is_grouped = "kv_heads" in self.old
+        if self.is_grouped:
+            self.old["heads"] = self.old["kv_heads"] * self.old["group"]
+        self.old["layers"] = next(iter(source.depths.values()))
+        self.follows = {
+            key.removeprefix("follows:"): str(rule)
+            for key, rule in source.attributes.items()
+            if key.startswith("follows:")
+        }
+        self.asked = {name: self.absolute(name, size) for name, size in request.items()}
+
+    def absolute(self, name: str, size: int | str) -> int:
+        """A requested size as a number of entries."""
+        if name not in self.old:
+            names = [n for n in Target.model_fields if n in self.old]
+            raise InvalidTarget(f"this model has no size '{name}'; its sizes are {', '.join(names)}")
+        old = self.old[name]
+        if isinstance(size, str):
+            exact = Fraction(size.removesuffix("x")) * old
+            if exact.denominator != 1:
+                low = int(exact)
+                raise InvalidTarget(f"{name}={size} of {old} is {float(exact):g}, not whole; nearest: {low} or {low + 1}")
+            size = int(exact)
+        if size < old:
+            raise InvalidTarget(f"{name}={size} is smaller than the source's {old}; growkit grows, it does not prune")
+        return size
+
+    def sizes_and_depths(self) -> tuple[dict[str, int], dict[str, int]]:
+        new = {name: self.asked.get(name, size) for name, size in self.old.items()}
+        ratio = Fraction(new["hidden"], self.old["hidden"]) if "hidden" in new else Fraction(1)
+        self.resolve_heads(new, ratio)
+        if "ffn" in new and "ffn" not in self.asked:
+            new["ffn"] = ceil(self.old["ffn"] * ratio)
+        for name, rule in self.follows.items():
+            if name != "head_dim":
+                value = evaluate(rule, new)
+                if name in self.asked and self.asked[name] != value:
+                    raise InvalidTarget(f"{name}={self.asked[name]}: in this architecture {name} = {rule} = {value:g}")
+                new[name] = int(value)
+        smaller = [name for name in self.old if new[name] < self.old[name]]
+        if smaller:
+            name = smaller[0]
+            raise InvalidTarget(f"{name} would shrink from {self.old[name]} to {new[name]}; ask for larger heads or kv_heads")
+        if "kv_heads" in self.asked and new["group"] != self.old["group"] and "heads" not in self.asked:
+            raise InvalidTarget("kv_heads does not divide heads as before; name heads too")
+        depth_ratio = Fraction(new["layers"], self.old["layers"])
+        depths = {stack.name: self.depth(stack.name, stack.depth, depth_ratio) for stack in self.source.stacks}
+        return {name: new[name] for name in self.source.sizes}, depths
+
+    def depth(self, name: str, depth: int, ratio: Fraction) -> int:
+        deeper = depth * ratio
+        if deeper.denominator != 1:
+            raise InvalidTarget(f"layers: {name} would have {float(deeper):g} layers, expected a whole number")
+        return int(deeper)
+
+    def resolve_heads(self, new: dict[str, int], ratio: Fraction) -> None:
+        """head_dim stays, heads follow hidden in ratio, groups stay, unless they are named."""
+        if "head_dim" not in new:
+            return
+        asked = self.asked
+        tied = self.follows.get("head_dim") is not None  # head_dim = hidden / heads is not the config's to choose
+        if tied and "heads" in asked:
+            self.refuse_unless_whole("hidden", new["hidden"], new["heads"], f"heads={new['heads']}")
+            new["head_dim"] = new["hidden"] // new["heads"]
+            if asked.get("head_dim", new["head_dim"]) != new["head_dim"]:
+                raise InvalidTarget(
+                    f"head_dim={asked['head_dim']}: in this architecture head_dim = hidden / heads = {new['head_dim']}"
+                )
+        elif tied:
+            self.refuse_unless_whole("hidden", new["hidden"], new["head_dim"], f"head_dim {new['head_dim']}")
+            new["heads"] = new["hidden"] // new["head_dim"]
+        elif "heads" not in asked:
+            if "kv_heads" in asked:
+                new["heads"] = new["kv_heads"] * new["group"]
+            else:
+                heads = self.old["heads"] * ratio
+                unit = self.old["group"] if self.is_grouped else 1
+                if heads.denominator != 1 or heads.numerator % unit:
+                    step = Fraction(self.old["hidden"] * unit, self.old["heads"])
+                    low, high = self.around(new["hidden"], step)
+                    raise InvalidTarget(
+                        f"hidden={new['hidden']}: heads would follow to {float(heads):g}, not a whole number"
+                        f"{f' of groups of {unit}' if unit > 1 else ''}; nearest hidden: {low} or {high}; or name heads too"
+                    )
+                new["heads"] = int(heads)
+        if self.is_grouped:
+            self.resolve_groups(new)
+
+    def resolve_groups(self, new: dict[str, int]) -> None:
+        heads, kv_heads, group = new["heads"], new["kv_heads"], self.old["group"]
+        if "kv_heads" not in self.asked and heads % group == 0:
+            new["kv_heads"], new["group"] = heads // group, group
+        elif heads % kv_heads == 0:
+            new["group"] = heads // kv_heads
+        else:
+            unit = kv_heads if "kv_heads" in self.asked else group
+            low, high = self.around(heads, Fraction(unit), self.old["heads"])
+            raise InvalidTarget(
+                f"heads={heads} is not a whole number of groups: {kv_heads} kv_heads; nearest heads: {low} or {high}"
+            )
+
+    def refuse_unless_whole(self, name: str, size: int, unit: int, why: str) -> None:
+        if size % unit:
+            low, high = self.around(size, Fraction(unit))
+            raise InvalidTarget(f"{name}={size} is not divisible by {why}; nearest {name}: {low} or {high}")
+
+    def around(self, size: int, step: Fraction, least: int | None = None) -> tuple[int, int]:
+        """The nearest whole multiples of ``step`` below and above ``size``."""
+        below, above = int(size // step), ceil(size / step)
+        while (step * below).denominator != 1:
+            below -= 1
+        while (step * above).denominator != 1:
+            above += 1
+        return int(step * below), int(step * above)

@@ -1,0 +1,282 @@
+"""The verdict: whether a growth keeps the function, and why or why not, told before any weight is touched.
+
+It is not a claim of the method. Each rule of exactness is tested on the operator's own matrices with random probes in
+float64, so it holds for every method, and for operators that were learned or loaded. (OPERATORS 3.0, E1 to E10.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from growkit import norms
+from growkit.matrices import Matrix
+from growkit.operator import Expansion, GrowthOperator
+from growkit_specs import Layer, LayerGraph, Stack
+
+_PROBES = 4
+_TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True)
+class Reason:
+    """One condition of exactness.
+
+    Attributes:
+        condition: What has to hold.
+        holds: Whether it does.
+        detail: Why, or why not, with the sizes.
+    """
+
+    condition: str
+    holds: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the grown model computes what the source does.
+
+    Attributes:
+        reasons: Every condition that the growth touches.
+    """
+
+    reasons: tuple[Reason, ...]
+
+    @property
+    def preserving(self) -> bool:
+        """Whether every condition holds."""
+        return all(reason.holds for reason in self.reasons)
+
+    @property
+    def broken(self) -> tuple[Reason, ...]:
+        """The conditions that do not hold."""
+        return tuple(reason for reason in self.reasons if not reason.holds)
+
+
+def verdict(graph: LayerGraph, operator: GrowthOperator) -> Verdict:
+    """Test every rule of exactness on an operator.
+
+    Args:
+        graph: The source model.
+        operator: The operator that grows it.
+    """
+    return Verdict(tuple(_Examination(graph, operator).reasons()))
+
+
+class _Examination:
+    def __init__(self, graph: LayerGraph, operator: GrowthOperator) -> None:
+        self.graph = graph
+        self.operator = operator
+        self.rng = np.random.default_rng(0)
+
+    def reasons(self) -> Iterator[Reason]:
+        for space, size in self.graph.sizes.items():
+            expansion = self.operator.expansions[space]
+            if not expansion.grows or not self.is_used(space):
+                continue
+            target = expansion.write.shape[0]
+            change = f"{space} {size} to {target}" if target != size else space
+            yield from self.norms(space, expansion, change)
+            if space == "head_dim":
+                yield self.scores(size, target)
+            elif self.graph.kinds[space] in ("pointwise", "scores"):
+                yield self.pointwise(space, expansion, change)
+            if self.graph.kinds[space] == "fixed":
+                holds = _silent_or_copied(expansion, self.probes(size))
+                yield Reason(f"{space}: old entries stay", holds, f"{change}: the new entries come after the old ones")
+            else:
+                yield self.readers(space, expansion, change)
+        yield from self.ties()
+        for stack in self.graph.stacks:
+            yield from self.depth(stack)
+        if self.operator.residual:
+            yield Reason("no residual", False, "the operator adds learned entries that readers see")
+
+    def is_used(self, space: str) -> bool:
+        return any(space in p.parsed.spaces for _, layer in self.graph.walk() for p in layer.parameters)
+
+    def probes(self, size: int) -> np.ndarray:
+        """``(probes, size)`` random vectors with a mean of their own."""
+        return self.rng.standard_normal((_PROBES, size)) + self.rng.standard_normal((_PROBES, 1))
+
+    # --- the rules -------------------------------------------------------------------------------------------------
+
+    def norms(self, space: str, e: Expansion, change: str) -> Iterator[Reason]:
+        """E4, E5: ``norm(B x) = gain * C norm(x)``, and epsilon can follow."""
+        layers = self.norms_over(space)
+        kinds = {str(layer.attributes.get("norm")) for layer in layers}
+        d, D = e.write.shape[1], e.write.shape[0]
+        for kind in sorted(kinds):
+            post = any(layer.is_post_norm for layer in layers)
+            stays = post or self.graph.kinds[space] != "residual"
+            name = f"{'RMSNorm' if kind == 'rms' else 'LayerNorm'} over {space}"
+            x = self.probes(d)
+            grown = e.write.apply(x, 1)
+            with np.errstate(all="ignore"):
+                holds = _close(norms.normalised(kind, grown), e.gain * e.seen.apply(norms.normalised(kind, x), 1))
+                holds &= _close(norms.mean_square(kind, grown), e.variance * norms.mean_square(kind, x))
+            if stays:  # the norm's output is written on
+                holds &= _close(e.seen.apply(x, 1), grown)
+            where = "after the residual addition" if post else "before each branch" if not stays else "inside the head"
+            needs = "only whole ratios keep it" if stays and kind == "layer" else "this map does not keep it"
+            detail = f"{change}, ratio {D / d:g}, norm {where}: " + ("kept" if holds else needs)
+            yield Reason(name, bool(holds), detail)
+        for key in sorted({str(layer.attributes["epsilon_key"]) for layer in layers if "epsilon_key" in layer.attributes}):
+            ratios = self.variances(key)
+            if ratios != {1.0}:
+                detail = f"{key} is multiplied by {next(iter(ratios)):.6g}" if len(ratios) == 1 else f"{key} serves norms that grow apart"
+                yield Reason(f"epsilon over {space}", len(ratios) == 1, detail)
+
+    def pointwise(self, space: str, e: Expansion, change: str) -> Reason:
+        """E2, E3, E6, E7: behind a nonlinearity, what is read must be a whole copy of a source unit."""
+        x = self.probes(e.write.shape[1])
+        read = e.read.support
+        grown = e.write.apply(x, 1)
+        holds = _close(e.write.apply(np.square(x) + x, 1)[:, read], (np.square(grown) + grown)[:, read])
+        if e.fresh in ("write", "both"):
+            holds &= not (read & ~e.write.support).any()
+        detail = "whole units are kept; new ones are silent or share out" if holds else "units are mixed before their nonlinearity"
+        return Reason(f"{space}: units", holds, f"{change}: {detail}")
+
+    def scores(self, d: int, D: int) -> Reason:
+        """E6, E8: query-key products, and the scale the model divides them by."""
+        rotary = any(layer.attributes.get("rope") for _, layer in self.graph.walk())
+        normed = bool(self.norms_over("head_dim"))
+        if rotary or normed:
+            why = "rotary frequencies depend on head_dim" if rotary else "the query-key norm sees other entries"
+            return Reason("head_dim: attention scores", False, f"head_dim {d} to {D}: {why}")
+        q, k = (self.operator.expansions.get(f"head_dim[{b}]", self.operator.expansions["head_dim"]) for b in "qk")
+        x, y = self.probes(d), self.probes(d)
+        scaled = any(layer.attributes.get("scale") != "none" for _, layer in self.graph.walk() if layer.kind == "attention")
+        before = (x * y).sum(1) / (np.sqrt(d) if scaled else 1)
+        after = (q.write.apply(x, 1) * k.write.apply(y, 1)).sum(1) / (np.sqrt(D) if scaled else 1)
+        free = ~q.write.support & ~k.write.support
+        clash = bool(free.any()) and q.fresh == "write" and k.fresh == "write"
+        holds = _close(before, after) and not clash
+        return Reason("head_dim: attention scores", holds, f"head_dim {d} to {D}: scores are {'kept' if holds else 'changed'}")
+
+    def readers(self, space: str, e: Expansion, change: str) -> Reason:
+        """E1: ``A^T C = 1`` through norms, ``A^T B = 1`` elsewhere."""
+        x = self.probes(e.write.shape[1])
+        direct = any(
+            space in p.parsed.read_spaces() and p.tied_to is None and layer.through is None
+            for _, layer in self.graph.walk()
+            for p in layer.parameters
+        )
+        seen = [e.seen] + ([e.write] if direct else [])
+        holds = all(_close(e.read.mT.apply(matrix.apply(x, 1), 1), x) for matrix in seen)
+        return Reason(f"{space}: readers", holds, f"{change}: what is read {'is' if holds else 'is not'} what was written")
+
+    def ties(self) -> Iterator[Reason]:
+        """E9: a tied head reads with the embedding's write matrix: ``factor * B^T C = 1``."""
+        for stack, layer in self.graph.walk():
+            for parameter in layer.parameters:
+                if parameter.tied_to is None or not parameter.parsed.reads:
+                    continue
+                if parameter.name in self.operator.untied:
+                    yield Reason("tied head", True, f"{parameter.name} gets a tensor of its own: no tied one would do")
+                    continue
+                factor = tie_factor(self.graph, self.operator, parameter.name)
+                applied = self.operator.norm_factors.get(layer.through or "", 1.0)
+                holds = factor is not None and bool(np.isclose(factor, applied))
+                if self.grows(layer) or not holds:
+                    detail = f"stays tied, the norm before it times {applied:.6g}" if holds else "stays tied, and reads something else"
+                    yield Reason("tied head", holds, f"{parameter.name} {detail}")
+
+    def depth(self, stack: Stack) -> Iterator[Reason]:
+        """E10: the source's layers in order, each once, and between them blocks that write nothing."""
+        w = np.asarray(self.operator.blend[stack.name])
+        if np.array_equal(w, np.eye(stack.depth)):
+            return
+        writers = [np.asarray(self.operator.blend.get(key, w)) for key in writer_keys(self.graph, stack)]
+        silent = np.all([(each == 0).all(1) for each in writers], axis=0) if writers else np.zeros(len(w), dtype=bool)
+        awake = np.flatnonzero(~silent)
+        change = f"{stack.depth} to {len(w)} layers"
+        others = [np.asarray(each) for key, each in self.operator.blend.items() if key.startswith(f"{stack.name}/")]
+        in_order = len(awake) == stack.depth and all(
+            np.array_equal(each[awake], np.eye(stack.depth)) for each in [w, *others]
+        )
+        detail = "the source's layers in order, identity blocks between" if in_order else "layers run that the source does not have"
+        yield Reason(f"{stack.name}: depth", in_order, f"{change}: {detail}")
+        if silent.any() and any(layer.is_post_norm for layer in stack.layers):
+            yield Reason(
+                f"{stack.name}: identity blocks",
+                False,
+                f"{change}: with the norm after the residual addition a block that writes nothing still normalises the stream",
+            )
+
+    # --- what the rules ask of the model ---------------------------------------------------------------------------
+
+    def norms_over(self, space: str) -> list[Layer]:
+        return [
+            layer
+            for _, layer in self.graph.walk()
+            if layer.kind == "norm" and any(space in p.parsed.spaces for p in layer.parameters)
+        ]
+
+    def variances(self, epsilon_key: str) -> set[float]:
+        return set(variances(self.graph, self.operator, epsilon_key))
+
+    def grows(self, layer: Layer) -> bool:
+        return any(self.operator.expansions[space].grows for p in layer.parameters for space in p.parsed.spaces)
+
+
+def variances(graph: LayerGraph, operator: GrowthOperator, epsilon_key: str) -> list[float]:
+    """The variance ratios of the norms that share an epsilon key; several different ones cannot all be followed."""
+    return [
+        operator.expansions[space].variance
+        for _, layer in graph.walk()
+        if layer.kind == "norm" and layer.attributes.get("epsilon_key") == epsilon_key
+        for space in layer.parameters[0].parsed.spaces
+    ]
+
+
+def writer_keys(graph: LayerGraph, stack: Stack) -> list[str]:
+    """The keys of a stack's slots that write into the stream."""
+    residual = {space for space, kind in graph.kinds.items() if kind == "residual"}
+    return [
+        f"{stack.name}/{layer.name}/{parameter.slot}"
+        for layer in stack.layers
+        for parameter in layer.parameters
+        if parameter.parsed.written_spaces() & residual
+    ]
+
+
+def tie_factor(graph: LayerGraph, operator: GrowthOperator, name: str) -> float | None:
+    """The factor that a norm's output needs for the tied head ``name`` to read what it read: ``1 / (B^T C)``.
+
+    Returns:
+        The factor, or None where ``B^T C`` is no multiple of the identity, so that no tied head would do.
+    """
+    tensors = {t.name: t for t in graph.tensors(tied=True)}
+    head = tensors[name]
+    table = tensors[str(head.parameter.tied_to)]
+    (read,) = head.parameter.parsed.reads
+    (written,) = table.parameter.parsed.writes
+    seen = operator.matrix("seen" if head.owner.through else "write", read)
+    x = np.random.default_rng(0).standard_normal(seen.shape[1])
+    if operator.matrix("write", written).shape != seen.shape:
+        return None
+    back = operator.matrix("write", written).mT.apply(seen.apply(x))
+    ratio = float(back @ x / (x @ x))
+    if ratio == 0 or not _close(back, ratio * x):
+        return None
+    return 1.0 if head.owner.through is None and np.isclose(ratio, 1) else 1 / ratio if head.owner.through else None
+
+
+def _silent_or_copied(e: Expansion, x: np.ndarray) -> bool:
+    return _close(e.read.mT.apply(e.write.apply(x, 1), 1), x) and _is_prefix(e.write)
+
+
+def _is_prefix(matrix: Matrix) -> bool:
+    """Whether the first ``d`` rows are the identity."""
+    d = matrix.shape[1]
+    x = np.arange(1.0, d + 1)
+    return _close(matrix.apply(x)[:d], x)
+
+
+def _close(a: np.ndarray, b: np.ndarray) -> bool:
+    return bool(np.all(np.isfinite(a)) and np.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE))

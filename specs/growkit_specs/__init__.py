@@ -1,0 +1,36 @@
+"""What a model is: the axis notation, the layer graph, architecture files, targets and recipes."""
+
+from growkit_specs.architecture import Architecture, architecture_for, architectures, evaluate, load_architecture
+from growkit_specs.errors import GrowkitError, InvalidModel, InvalidTarget, LayoutError, UnsupportedModel
+from growkit_specs.layer_graph import Layer, LayerGraph, Parameter, Port, Space, Stack, Tensor
+from growkit_specs.layout import Axis, Concatenation, Fixed, Layout, Leaf, Product, parse_layout
+from growkit_specs.recipe import Recipe, Target
+
+__all__ = [
+    "Architecture",
+    "Axis",
+    "Concatenation",
+    "Fixed",
+    "GrowkitError",
+    "InvalidModel",
+    "InvalidTarget",
+    "Layer",
+    "LayerGraph",
+    "Layout",
+    "LayoutError",
+    "Leaf",
+    "Parameter",
+    "Port",
+    "Product",
+    "Recipe",
+    "Space",
+    "Stack",
+    "Target",
+    "Tensor",
+    "UnsupportedModel",
+    "architecture_for",
+    "architectures",
+    "evaluate",
+    "load_architecture",
+    "parse_layout",
+]

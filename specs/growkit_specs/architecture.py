@@ -1,0 +1,526 @@
+"""Architecture files: how a checkpoint's tensor names and config keys map to the layer graph. Data, not code.
+
+One YAML file under ``architectures/`` describes one family. :meth:`Architecture.graph` turns it, with a config, into a
+:class:`~growkit_specs.layer_graph.LayerGraph`; :meth:`Architecture.grown_config` turns grown sizes back into a config.
+A config key that is neither handled nor listed as ignored is refused, and so is every value that is not supported.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatch
+from functools import cache, cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError
+
+from growkit_specs.errors import InvalidModel, InvalidTarget, UnsupportedModel
+from growkit_specs.layer_graph import (
+    Layer,
+    LayerGraph,
+    LayerKind,
+    LayoutText,
+    Parameter,
+    Port,
+    Scalar,
+    Space,
+    SpaceKind,
+    Spec,
+    Stack,
+)
+
+Config = Mapping[str, Any]
+
+_EXPRESSION = re.compile(r"(?P<left>\w+)(?: (?P<operator>[*/]) (?P<right>\w+))?")
+
+
+class SpaceRule(Spec):
+    """How a space gets its size.
+
+    Attributes:
+        kind: See :class:`~growkit_specs.layer_graph.Space`.
+        size: An expression over config keys and spaces: ``head_dim or hidden / heads``. The first alternative that
+            is present and not null holds.
+        follows: The expression that a target's size must satisfy, where the config cannot say anything else.
+    """
+
+    kind: SpaceKind
+    size: str
+    follows: str | None = None
+
+
+class ParameterRule(Spec):
+    """A parameter of an architecture file.
+
+    Attributes:
+        name: The tensor's name; ``{base}`` stands for the base model's prefix, ``{layer}`` for the layer's number.
+        layout: Its line of the axis notation.
+        when: The config key, or ``not KEY``, that must be true for the parameter to exist.
+        tied_to: The name of the parameter it is tied to where the config ties embeddings.
+    """
+
+    name: str
+    layout: LayoutText
+    when: str | None = None
+    tied_to: str | None = None
+
+
+class ClassRule(Spec):
+    """A model class: the head layers it has, and its base model's prefix where it is not the usual one."""
+
+    layers: tuple[str, ...]
+    base: str | None = None
+
+
+class LayerRule(Spec):
+    """A layer of an architecture file; string attributes that start with ``$`` are looked up in the config."""
+
+    kind: LayerKind
+    through: str | None = None
+    optional: bool = False
+    when: str | None = None
+    parameters: dict[str, ParameterRule] = Field(default_factory=dict)
+    attributes: dict[str, Scalar] = Field(default_factory=dict)
+
+
+class StackRule(Spec):
+    """A stack of an architecture file: the size that is its depth, the prefix of its names, its layers in order."""
+
+    depth: str
+    prefix: str
+    layers: dict[str, LayerRule]
+
+
+class ConfigRules(Spec):
+    """What every config key means.
+
+    Attributes:
+        defaults: The keys that are handled, with the value a config that omits them means.
+        grown: For each key that follows the growth, the expression that gives its new value.
+        supported: For keys whose other values would compute something else, the values that are understood.
+        per_layer: Keys that hold one entry per layer, resized with the depth.
+        thresholds: Keys that hold a layer number below which (exclusive) layers differ from those above.
+        divisible: Pairs of sizes of which the first must be a multiple of the second, because the framework insists.
+        ignored: Keys that do not matter to growth, as patterns.
+    """
+
+    defaults: dict[str, Any]
+    grown: dict[str, str]
+    supported: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
+    per_layer: tuple[str, ...] = ()
+    thresholds: tuple[str, ...] = ()
+    divisible: tuple[tuple[str, str], ...] = ()
+    ignored: tuple[str, ...] = ()
+
+
+class Architecture(Spec):
+    """A family of models: one file under ``architectures/``.
+
+    Attributes:
+        architecture: Its name.
+        about: One line for people.
+        model_types: The ``model_type`` values of the configs it reads.
+        base: The prefix of the base model's names inside a model with a task head.
+        classes: For each model class, the head layers it has.
+        spaces: The spaces, in an order in which each only refers to config keys and earlier spaces.
+        sizes: Sizes a target may name that are no space of their own (``heads`` under grouped queries).
+        config: The config keys.
+        naming: Further naming schemes, each a table of replacements in the names (another version's module names).
+        ignored_tensors: Patterns of tensors that are derived, such as position numbers; they are not carried over.
+        stem, stacks, head: The layers, in the order of computation.
+        inputs, outputs: The model's ports; outputs that a class lacks are left out when it runs.
+        attributes: Facts of the whole model.
+    """
+
+    architecture: str
+    about: str
+    model_types: tuple[str, ...]
+    base: str = ""
+    classes: dict[str, ClassRule]
+    spaces: dict[str, SpaceRule]
+    config: ConfigRules
+    naming: tuple[dict[str, str], ...] = ()
+    ignored_tensors: tuple[str, ...] = ()
+    stem: dict[str, LayerRule] = Field(default_factory=dict)
+    stacks: dict[str, StackRule]
+    head: dict[str, LayerRule] = Field(default_factory=dict)
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    attributes: dict[str, Scalar] = Field(default_factory=dict)
+
+    @cached_property
+    def base_class(self) -> str:
+        """The class of the bare model: the first that is listed."""
+        return next(iter(self.classes))
+
+    def base_of(self, class_name: str) -> str:
+        """The prefix of the base model's names in a checkpoint of ``class_name``."""
+        prefix = self.classes[class_name].base
+        return prefix if prefix is not None else "" if class_name == self.base_class else self.base
+
+    # --- config -> graph -------------------------------------------------------------------------------------------
+
+    def check_config(self, config: Config) -> None:
+        """Refuse a config with a key or value that this file does not understand.
+
+        Raises:
+            UnsupportedModel: Naming the keys, and where to add them.
+        """
+        rules = self.config
+        known = {*rules.defaults, *rules.supported, *rules.per_layer, *rules.thresholds}
+        ignored = (*COMMON_IGNORED, *rules.ignored)
+        unknown = [k for k in config if k not in known and not any(fnmatch(k, pattern) for pattern in ignored)]
+        if unknown:
+            raise UnsupportedModel(
+                f"config.json: the key {', '.join(map(repr, sorted(unknown)))} is not understood for architecture "
+                f"'{self.architecture}'; handle it or list it as ignored in {self.architecture}.yaml"
+            )
+        for key, values in rules.supported.items():
+            if key in config and config[key] not in values:
+                raise UnsupportedModel(
+                    f"config.json: {key} is {config[key]!r}; architecture '{self.architecture}' supports "
+                    f"{' or '.join(map(repr, values))}"
+                )
+
+    def value(self, config: Config, key: str) -> Any:
+        """The value of a handled config key, its default where the config omits it."""
+        return config[key] if key in config else self.config.defaults[key]
+
+    def sizes(self, config: Config) -> dict[str, int]:
+        """The size of every space under ``config``.
+
+        Raises:
+            InvalidModel: Where a size is not a positive whole number.
+        """
+        sizes: dict[str, int] = {}
+        for name, rule in self.spaces.items():
+            size = self._evaluate(rule.size, {**self._present(config), **sizes})
+            if size is None or size != int(size) or size < 1:
+                raise InvalidModel(f"config.json: {name} = {rule.size} is {size}, expected a whole number of at least 1")
+            sizes[name] = int(size)
+        return sizes
+
+    def graph(
+        self,
+        config: Config,
+        class_name: str | None,
+        *,
+        base: str | None = None,
+        naming: int = 0,
+        has_tensor: Callable[[str], bool] = lambda name: True,
+    ) -> LayerGraph:
+        """The layer graph of a model with ``config``.
+
+        Args:
+            config: The model's config.
+            class_name: The model's class; None is the base model.
+            base: The prefix of the base model's names; None takes the class's usual one.
+            naming: Which naming scheme: 0 is the file's own, ``i`` the ``i``-th of :attr:`naming`.
+            has_tensor: Whether the source holds a tensor; layers marked optional exist only with their tensors.
+
+        Raises:
+            UnsupportedModel: For an unknown class, config key or value.
+            InvalidModel: For sizes that are not whole.
+        """
+        self.check_config(config)
+        class_name = class_name or self.base_class
+        if class_name not in self.classes:
+            raise UnsupportedModel(
+                f"the class '{class_name}' is not known to architecture '{self.architecture}'; known: "
+                f"{', '.join(self.classes)}; add it under 'classes' in {self.architecture}.yaml"
+            )
+        if base is None:
+            base = self.base_of(class_name)
+        sizes = self.sizes(config)
+        build = _Builder(self, config, base, {} if naming == 0 else self.naming[naming - 1], has_tensor)
+        head = {name: rule for name, rule in self.head.items() if name in self.classes[class_name].layers}
+        stem, head_layers = build.layers(self.stem), build.layers(head)
+        norms = {layer.name for layer in (*stem, *head_layers) if layer.kind == "norm"}
+        graph = LayerGraph(
+            architecture=self.architecture,
+            spaces=tuple(Space(name=name, size=sizes[name], kind=rule.kind) for name, rule in self.spaces.items()),
+            stem=stem,
+            stacks=tuple(
+                Stack(
+                    name=name,
+                    depth=self._depth(config, rule),
+                    layers=build.layers(rule.layers, prefix=rule.prefix),
+                )
+                for name, rule in self.stacks.items()
+            ),
+            head=head_layers,
+            inputs=self.inputs,
+            outputs=tuple(
+                port if port.through in norms else port.model_copy(update={"through": None}) for port in self.outputs
+            ),
+            attributes={
+                **build.resolve(self.attributes),
+                "class": class_name,
+                **{f"follows:{name}": rule.follows for name, rule in self.spaces.items() if rule.follows},
+            },
+        )
+        return graph
+
+    def is_ignored_tensor(self, name: str) -> bool:
+        """Whether a tensor is derived and need not be carried over."""
+        return any(fnmatch(name, pattern) for pattern in self.ignored_tensors)
+
+    # --- graph -> config -------------------------------------------------------------------------------------------
+
+    def grown_config(
+        self,
+        config: Config,
+        sizes: Mapping[str, int],
+        layer_maps: Mapping[str, Sequence[int]],
+        *,
+        epsilons: Mapping[str, float],
+        untied: bool,
+    ) -> dict[str, Any]:
+        """The config of the grown model.
+
+        Args:
+            config: The source's config.
+            sizes: The target's size of every space.
+            layer_maps: For each stack, for each target layer the source layer it descends from.
+            epsilons: New values of epsilon keys.
+            untied: Whether the growth unties embeddings that the source ties.
+
+        Returns:
+            A new config; keys the growth does not concern are as they were.
+
+        Raises:
+            InvalidTarget: Where this architecture's config cannot express the sizes.
+        """
+        rules = self.config
+        grown = dict(config)
+        known: dict[str, Any] = {**sizes, **{self.stacks[name].depth: len(m) for name, m in layer_maps.items()}}
+        values = {key: _whole(self._evaluate(expression, known)) for key, expression in rules.grown.items()}
+        grown.update({key: value for key, value in values.items() if config.get(key) is not None})
+        if self._unsaid(grown, known):  # keys the source left to their defaults, written only where they must be
+            grown.update({key: value for key, value in values.items() if key not in config or config[key] is None})
+        if unsaid := self._unsaid(grown, known):
+            name, (got, wanted) = next(iter(unsaid.items()))
+            raise InvalidTarget(
+                f"{name}={wanted} cannot be said in a config of architecture '{self.architecture}', where {name} would be "
+                f"{got} ({self.spaces[name].size if name in self.spaces else name})"
+            )
+        for name, unit in rules.divisible:
+            size, step = (_whole(self._evaluate(expression, known)) for expression in (name, unit))
+            if size % step:
+                low = size - size % step
+                raise InvalidTarget(
+                    f"{name}={size} is not a multiple of {unit} = {step}, which architecture '{self.architecture}' insists "
+                    f"on; nearest {name}: {low} or {low + step}"
+                )
+        layer_map = next(iter(layer_maps.values()))
+        depth = max(layer_map, default=-1) + 1
+        for key in rules.per_layer:
+            if isinstance(config.get(key), (list, tuple)):
+                if len(config[key]) < depth:
+                    raise InvalidModel(f"config.json: {key} has {len(config[key])} entries, expected one for each layer")
+                grown[key] = [config[key][source] for source in layer_map]
+        for key in rules.thresholds:
+            if config.get(key) is not None:
+                below = sum(source < config[key] for source in layer_map)
+                grown[key] = below if below < len(layer_map) else max(config[key], below)
+        grown.update(epsilons)
+        if untied:
+            grown["tie_word_embeddings"] = False
+        return grown
+
+    def _unsaid(self, config: Config, known: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+        """Sizes that ``config`` would give otherwise than ``known`` says: {name: (got, wanted)}."""
+        try:
+            said = {**self.sizes(config), **{rule.depth: self._depth(config, rule) for rule in self.stacks.values()}}
+        except InvalidModel:  # e.g. hidden / heads is not whole before head_dim is written
+            return {name: (0, wanted) for name, wanted in known.items()}
+        return {name: (said[name], wanted) for name, wanted in known.items() if said[name] != wanted}
+
+    # --- expressions -----------------------------------------------------------------------------------------------
+
+    def _present(self, config: Config) -> dict[str, Any]:
+        merged = {**self.config.defaults, **config}
+        labels = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
+        present = {key: merged[key] for key in self.config.defaults if merged[key] is not None}
+        return {**present, "num_labels": labels}
+
+    def _depth(self, config: Config, rule: StackRule) -> int:
+        key = next(key for key, expression in self.config.grown.items() if expression == rule.depth)
+        return int(self.value(config, key))
+
+    @staticmethod
+    def _evaluate(expression: str, known: Mapping[str, Any]) -> Any:
+        for alternative in expression.split(" or "):
+            match = _EXPRESSION.fullmatch(alternative.strip())
+            if match is None:
+                raise UnsupportedModel(f"the expression '{expression}' does not parse")
+            operands = [int(t) if t.isdigit() else known.get(t) for t in match.group("left", "right") if t is not None]
+            if any(operand is None for operand in operands):
+                continue
+            if match["operator"] is None:
+                return operands[0]
+            return operands[0] * operands[1] if match["operator"] == "*" else operands[0] / operands[1]
+        return None
+
+
+def evaluate(expression: str, known: Mapping[str, Any]) -> Any:
+    """The value of ``a``, ``a * b`` or ``a / b`` over ``known`` names; None where one is missing.
+
+    Example:
+        >>> evaluate("hidden / heads", {"hidden": 8, "heads": 2})
+        4.0
+    """
+    return Architecture._evaluate(expression, known)
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+class _Builder:
+    """Turns rules into layers under one config and naming."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        config: Config,
+        base: str,
+        replacements: Mapping[str, str],
+        has_tensor: Callable[[str], bool],
+    ) -> None:
+        self.architecture = architecture
+        self.config = config
+        self.base = base
+        self.replacements = replacements
+        self.has_tensor = has_tensor
+
+    def holds(self, when: str | None) -> bool:
+        if when is None:
+            return True
+        key = when.removeprefix("not ")
+        return bool(self.architecture.value(self.config, key)) != when.startswith("not ")
+
+    def resolve(self, attributes: Mapping[str, Scalar]) -> dict[str, Scalar]:
+        def value(raw: Scalar) -> Scalar:
+            if isinstance(raw, str) and raw.startswith("$"):
+                found: Scalar = self.architecture.value(self.config, raw[1:])
+                return found
+            return raw
+
+        resolved = {name: value(raw) for name, raw in attributes.items()}
+        epsilon = attributes.get("epsilon")
+        if isinstance(epsilon, str):
+            resolved["epsilon_key"] = epsilon[1:]
+        return resolved
+
+    def layers(self, rules: Mapping[str, LayerRule], prefix: str = "") -> tuple[Layer, ...]:
+        return tuple(layer for name, rule in rules.items() for layer in self.layer(name, rule, prefix))
+
+    def layer(self, name: str, rule: LayerRule, prefix: str) -> Iterator[Layer]:
+        if not self.holds(rule.when):
+            return
+        parameters = tuple(
+            self.parameter(slot, parameter, prefix)
+            for slot, parameter in rule.parameters.items()
+            if self.holds(parameter.when)
+        )
+        if rule.optional and not any(self.has_tensor(p.name.replace("{layer}", "0")) for p in parameters):
+            return
+        layouts = [parameter.parsed for parameter in parameters]
+        yield Layer(
+            name=name,
+            kind=rule.kind,
+            reads=tuple(dict.fromkeys(s for layout in layouts for s in sorted(layout.read_spaces()))),
+            writes=tuple(dict.fromkeys(s for layout in layouts for s in sorted(layout.written_spaces()))),
+            through=rule.through,
+            parameters=parameters,
+            attributes=self.resolve(rule.attributes),
+        )
+
+    def parameter(self, slot: str, rule: ParameterRule, prefix: str) -> Parameter:
+        tie = self.architecture.config.defaults.get("tie_word_embeddings") is not None and bool(
+            self.architecture.value(self.config, "tie_word_embeddings")
+        )
+        return Parameter(
+            name=self.name(prefix + rule.name),
+            slot=slot,
+            layout=rule.layout,
+            tied_to=self.name(rule.tied_to) if rule.tied_to is not None and tie else None,
+        )
+
+    def name(self, name: str) -> str:
+        name = name.replace("{base}", self.base)
+        for written, replacement in self.replacements.items():
+            name = name.replace(written, replacement)
+        return name
+
+
+# --- the files -----------------------------------------------------------------------------------------------------
+
+
+def load_architecture(path: Path | Any) -> Architecture:
+    """Load one architecture file.
+
+    Args:
+        path: A YAML file.
+
+    Raises:
+        UnsupportedModel: Where the file does not validate; the message names the path inside it.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return Architecture.model_validate(data, strict=False)
+    except (yaml.YAMLError, ValidationError) as error:
+        raise UnsupportedModel(f"{path.name}: {first_problem(error)}") from None
+
+
+def first_problem(error: Exception) -> str:
+    """One line of a YAML or validation error: where, what, and what was got."""
+    if isinstance(error, ValidationError):
+        detail = error.errors()[0]
+        where = ".".join(map(str, detail["loc"])) or "the file"
+        return f"{where}: {detail['msg'].removeprefix('Value error, ')}"
+    return " ".join(str(error).split())
+
+
+@cache
+def architectures() -> dict[str, Architecture]:
+    """Every architecture file that ships with growkit, by name."""
+    folder = files("growkit_specs") / "architectures"
+    found = [load_architecture(entry) for entry in folder.iterdir() if entry.name.endswith(".yaml")]
+    return {architecture.architecture: architecture for architecture in sorted(found, key=lambda a: a.architecture)}
+
+
+def architecture_for(model_type: str | None) -> Architecture:
+    """The architecture that reads configs of ``model_type``.
+
+    Raises:
+        UnsupportedModel: Naming the known ones, and how to add one.
+    """
+    for architecture in architectures().values():
+        if model_type in architecture.model_types:
+            return architecture
+    known = ", ".join(t for architecture in architectures().values() for t in architecture.model_types)
+    raise UnsupportedModel(
+        f"the model type {model_type!r} is not known; known: {known}; an architecture is one data file, see "
+        "docs/how-to/add-an-architecture.md"
+    )
+
+
+COMMON_IGNORED: tuple[str, ...] = (
+    "_name_or_path", "_commit_hash", "_attn_implementation*", "attn_implementation", "architectures", "auto_map", "model_type", "transformers_version",
+    "torch_dtype", "dtype", "use_cache", "id2label", "label2id", "num_labels", "problem_type", "finetuning_task",
+    "task_specific_params", "*dropout*", "*_drop", "*pdrop", "output_attentions", "output_hidden_states", "return_dict",
+    "initializer_*", "*_token_id", "gradient_checkpointing", "is_encoder_decoder", "chunk_size_feed_forward", "keys_to_ignore_at_inference",
+    "tokenizer_class", "prefix", "pruned_heads", "torchscript", "use_bfloat16", "tf_legacy_loss", "max_length", "min_length",
+    "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p",
+    "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
+    "bad_words_ids", "num_return_sequences", "output_scores", "return_dict_in_generate", "forced_bos_token_id",
+    "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens",
+    "begin_suppress_tokens", "unsloth_*", "transformers.js_config",
+)
+"""Config keys of every model that do not matter to growth: training, generation and bookkeeping."""

@@ -1,0 +1,345 @@
+"""The layer graph: what a transformer is, whatever framework or file it came from.
+
+A model is a stem, one or more stacks of repeated blocks, and a head. Every layer names the spaces it reads and writes,
+every parameter carries one line of the axis notation (:mod:`growkit_specs.layout`), and every space that parameters
+share exists once. Sizes are in entries, never in bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from growkit_specs.layout import Layout, parse_layout
+
+SCHEMA_VERSION = 1
+
+SpaceKind = Literal["residual", "pointwise", "scores", "linear", "fixed"]
+LayerKind = Literal["embedding", "norm", "attention", "mlp", "linear", "head", "pool"]
+Scalar = bool | int | float | str | None
+
+LayoutText = Annotated[str, AfterValidator(lambda text: str(parse_layout(text)))]
+"""A line of the axis notation, kept in canonical spacing."""
+
+
+class Spec(BaseModel):
+    """Base of every spec: frozen, and refusing what it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Space(Spec):
+    """A named dimension that several parameters share: the unit of growth.
+
+    Attributes:
+        name: Its name in the layouts.
+        size: Its number of entries.
+        kind: Which maps keep the function. ``residual``: constrained by its norms; ``pointwise``: behind an
+            elementwise nonlinearity, so selections only; ``scores``: a query-key dimension; ``linear``: read linearly
+            and nothing else; ``fixed``: tokens, positions, labels, pixels.
+    """
+
+    name: str
+    size: int = Field(ge=1)
+    kind: SpaceKind
+
+
+class Parameter(Spec):
+    """One tensor of the model, or one tensor per layer of a stack.
+
+    Attributes:
+        name: The tensor's name where the model came from; in a stack ``{layer}`` stands for the layer's number.
+        slot: The role it fills, in the field's terms: ``q_proj.weight``, ``down_proj.bias``, ``scale``.
+        layout: How it is stored and which way it maps.
+        dtype: The numpy name of its element type (``float32``, ``bfloat16``, ...).
+        tied_to: The name of the parameter that holds the same tensor, where there is one. A tied parameter has no
+            tensor of its own.
+    """
+
+    name: str
+    slot: str
+    layout: LayoutText
+    dtype: str = "float32"
+    tied_to: str | None = None
+
+    @cached_property
+    def parsed(self) -> Layout:
+        """The layout, parsed."""
+        return parse_layout(self.layout)
+
+    @property
+    def module(self) -> str:
+        """The module the slot belongs to: ``q_proj`` of ``q_proj.weight``."""
+        return self.slot.partition(".")[0]
+
+    @property
+    def bases(self) -> tuple[str, ...]:
+        """The bases of its head axis: size and basis are apart, and q, k and v may each have a basis of their own."""
+        return BASES.get(self.module, ())
+
+
+BASES: dict[str, tuple[str, ...]] = {
+    "q_proj": ("q",),
+    "k_proj": ("k",),
+    "v_proj": ("v",),
+    "o_proj": ("v",),
+    "qkv_proj": ("q", "k", "v"),
+    "q_norm": ("q",),
+    "k_norm": ("k",),
+}
+"""For each attention module the bases of its head axis; fused modules name one for each segment."""
+
+
+class Layer(Spec):
+    """One functional part of a block: a norm, an attention, an MLP, an embedding, a head.
+
+    Attributes:
+        name: Unique within its block, stem or head.
+        kind: What it computes.
+        reads: The spaces it reads.
+        writes: The spaces it writes.
+        through: The norm layer it reads its input through, where it does not read the space itself.
+        parameters: Its tensors.
+        attributes: Facts of the computation: ``norm`` (``rms`` or ``layer``), ``position`` (``pre``: the output goes
+            to readers; ``post``: the output is the stream), ``epsilon``, ``activation``, ``rope``, ``causal``, ...
+    """
+
+    name: str
+    kind: LayerKind
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    through: str | None = None
+    parameters: tuple[Parameter, ...] = ()
+    attributes: dict[str, Scalar] = Field(default_factory=dict)
+
+    @property
+    def is_post_norm(self) -> bool:
+        """Whether this is a norm whose output is the stream itself."""
+        return self.kind == "norm" and self.attributes.get("position") == "post"
+
+    def parameter(self, slot: str) -> Parameter | None:
+        """The parameter that fills ``slot``, if there is one."""
+        return next((parameter for parameter in self.parameters if parameter.slot == slot), None)
+
+
+class Stack(Spec):
+    """A block of layers repeated ``depth`` times."""
+
+    name: str
+    depth: int = Field(ge=1)
+    layers: tuple[Layer, ...]
+
+
+class Port(Spec):
+    """An input or an output of the model.
+
+    Attributes:
+        name: Its name in the framework.
+        kind: ``tokens`` (ids below the size of ``space``), ``mask``, ``types`` (ids below the size of ``space``),
+            ``image`` (``space`` is empty), or ``values`` for outputs.
+        space: The space of its last axis (outputs), or of its ids (inputs).
+        through: The norm whose output this is, where it is one.
+    """
+
+    name: str
+    kind: Literal["tokens", "mask", "types", "image", "values"] = "values"
+    space: str | None = None
+    through: str | None = None
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One concrete tensor of a model.
+
+    Attributes:
+        name: The tensor's own name, the layer's number filled in.
+        shape: Its stored shape.
+        parameter: The parameter it is an instance of.
+        owner: The layer it belongs to.
+        stack: The name of its stack; None in the stem and the head.
+        layer: Its layer's number in the stack; None in the stem and the head.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parameter: Parameter
+    owner: Layer
+    stack: str | None
+    layer: int | None
+
+    @property
+    def key(self) -> str:
+        """The slot's unique name in the model: stack, layer and slot."""
+        return f"{self.stack or ''}/{self.owner.name}/{self.parameter.slot}"
+
+    @property
+    def count(self) -> int:
+        """Its number of entries."""
+        return prod(self.shape)
+
+
+class LayerGraph(Spec):
+    """A transformer as a neutral graph of layers.
+
+    Raises:
+        pydantic.ValidationError: Where a layout names an unknown space, a name stands twice, a tie or a norm that
+            ``through`` names does not exist.
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    architecture: str
+    spaces: tuple[Space, ...]
+    stem: tuple[Layer, ...] = ()
+    stacks: tuple[Stack, ...]
+    head: tuple[Layer, ...] = ()
+    inputs: tuple[Port, ...] = ()
+    outputs: tuple[Port, ...] = ()
+    attributes: dict[str, Scalar] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LayerGraph:
+        _refuse_repeats("space", [space.name for space in self.spaces])
+        _refuse_repeats("stack", [stack.name for stack in self.stacks])
+        names = [parameter.name for _, layer in self.walk() for parameter in layer.parameters]
+        _refuse_repeats("parameter", names)
+        for stack, layer in self.walk():
+            for parameter in layer.parameters:
+                parameter.parsed.shape(self.sizes)
+                if parameter.tied_to is not None and parameter.tied_to not in names:
+                    raise ValueError(f"{parameter.name} is tied to '{parameter.tied_to}', which is not a parameter")
+                if (stack is not None) != ("{layer}" in parameter.name):
+                    raise ValueError(f"{parameter.name}: '{{layer}}' stands in the names of a stack's parameters, and only there")
+            if layer.through is not None:
+                self.norm(layer.through, stack)
+        for port in self.outputs:
+            if port.through is not None:
+                self.norm(port.through, None)
+        return self
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """The size of every space."""
+        return {space.name: space.size for space in self.spaces}
+
+    @cached_property
+    def kinds(self) -> dict[str, SpaceKind]:
+        """The kind of every space."""
+        return {space.name: space.kind for space in self.spaces}
+
+    @cached_property
+    def depths(self) -> dict[str, int]:
+        """The depth of every stack."""
+        return {stack.name: stack.depth for stack in self.stacks}
+
+    def walk(self) -> Iterator[tuple[Stack | None, Layer]]:
+        """Every layer in the order of computation, a stack's layers once, each with its stack."""
+        yield from ((None, layer) for layer in self.stem)
+        yield from ((stack, layer) for stack in self.stacks for layer in stack.layers)
+        yield from ((None, layer) for layer in self.head)
+
+    def norm(self, name: str, stack: Stack | None) -> Layer:
+        """The norm layer called ``name``, as seen from inside ``stack`` (None: from the stem or the head)."""
+        layers = stack.layers if stack is not None else self.stem + self.head
+        for layer in layers:
+            if layer.name == name and layer.kind == "norm":
+                return layer
+        raise ValueError(f"no norm layer is called '{name}'")
+
+    def tensors(self, *, tied: bool = False) -> Iterator[Tensor]:
+        """Every tensor of the model, stacks layer by layer.
+
+        Args:
+            tied: Whether tied parameters, which have no tensor of their own, are yielded too.
+        """
+        for layers, stack, index in self._blocks():
+            for owner in layers:
+                for parameter in owner.parameters:
+                    if tied or parameter.tied_to is None:
+                        name = parameter.name if index is None else parameter.name.replace("{layer}", str(index))
+                        yield Tensor(name, parameter.parsed.shape(self.sizes), parameter, owner, stack, index)
+
+    def _blocks(self) -> Iterator[tuple[tuple[Layer, ...], str | None, int | None]]:
+        yield self.stem, None, None
+        for stack in self.stacks:
+            for index in range(stack.depth):
+                yield stack.layers, stack.name, index
+        yield self.head, None, None
+
+    @cached_property
+    def parameter_count(self) -> int:
+        """The number of trained entries; a tied tensor counts once."""
+        return sum(tensor.count for tensor in self.tensors())
+
+    def resized(
+        self,
+        sizes: Mapping[str, int],
+        depths: Mapping[str, int],
+        *,
+        untied: Collection[str] = (),
+        epsilons: Mapping[str, float] | None = None,
+    ) -> LayerGraph:
+        """The same model at other sizes.
+
+        Args:
+            sizes: New sizes of spaces; spaces that are not named keep theirs.
+            depths: New depths of stacks.
+            untied: The names of tied parameters that get a tensor of their own.
+            epsilons: New values of norms' epsilons, by the config key that holds them.
+        """
+
+        def adapted(layer: Layer) -> Layer:
+            freed = tuple(p.model_copy(update={"tied_to": None}) if p.name in untied else p for p in layer.parameters)
+            epsilon = (epsilons or {}).get(str(layer.attributes.get("epsilon_key")))
+            attributes = layer.attributes if epsilon is None else {**layer.attributes, "epsilon": epsilon}
+            return layer.model_copy(update={"parameters": freed, "attributes": attributes})
+
+        return self.model_copy(
+            update={
+                "spaces": tuple(s.model_copy(update={"size": sizes.get(s.name, s.size)}) for s in self.spaces),
+                "stem": tuple(map(adapted, self.stem)),
+                "stacks": tuple(
+                    s.model_copy(update={"depth": depths.get(s.name, s.depth), "layers": tuple(map(adapted, s.layers))})
+                    for s in self.stacks
+                ),
+                "head": tuple(map(adapted, self.head)),
+            }
+        ).revalidated()
+
+    def with_dtypes(self, dtype_of: Callable[[str], str]) -> LayerGraph:
+        """The same graph with the element types that ``dtype_of`` gives for each slot's key."""
+
+        def typed(stack: str, layer: Layer) -> Layer:
+            return layer.model_copy(
+                update={
+                    "parameters": tuple(
+                        p.model_copy(update={"dtype": dtype_of(f"{stack}/{layer.name}/{p.slot}")})
+                        for p in layer.parameters
+                    )
+                }
+            )
+
+        return self.model_copy(
+            update={
+                "stem": tuple(typed("", layer) for layer in self.stem),
+                "stacks": tuple(
+                    s.model_copy(update={"layers": tuple(typed(s.name, layer) for layer in s.layers)})
+                    for s in self.stacks
+                ),
+                "head": tuple(typed("", layer) for layer in self.head),
+            }
+        ).revalidated()
+
+    def revalidated(self) -> LayerGraph:
+        """The same graph, checked anew and with nothing cached."""
+        return LayerGraph.model_validate(self.model_dump())
+
+
+def _refuse_repeats(what: str, names: list[str]) -> None:
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"the {what} {', '.join(repeated)} is defined twice")
