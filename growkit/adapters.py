@@ -58,8 +58,8 @@ class Adapter(Protocol):
     def build(self, model: Model) -> Any:
         """The model in memory, as the framework's own object."""
 
-    def forward(self, model: Model) -> Forward:
-        """A function that runs the model."""
+    def forward(self, model: Model, device: str = "auto") -> Forward:
+        """A function that runs the model on ``device``: ``cpu``, ``cuda``, or ``auto`` for a GPU where there is one."""
 
 
 @cache

@@ -312,7 +312,7 @@ class GrowthOperator:
         Args:
             path: The file to write; it is replaced.
         """
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
         arrays: dict[str, np.ndarray] = {}
         expansions = {
@@ -338,7 +338,7 @@ class GrowthOperator:
             "fresh": vars(self.fresh),
         }
         contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        save_file(contiguous, str(path), metadata={"growkit_operator": json.dumps(structure)})
+        Path(path).write_bytes(save(contiguous, metadata={"growkit_operator": json.dumps(structure)}))
 
     @classmethod
     def load(cls, path: str | Path) -> GrowthOperator:

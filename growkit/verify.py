@@ -78,7 +78,7 @@ class Report:
         }
 
 
-def verify(source: Model, target: Model, *, atol: float | None = None, seed: int = 0) -> Report:
+def verify(source: Model, target: Model, *, atol: float | None = None, seed: int = 0, device: str = "auto") -> Report:
     """Run both models on the same generated inputs and compare every output.
 
     An output that lives in a space that grew is compared through the operator's read matrix.
@@ -88,12 +88,13 @@ def verify(source: Model, target: Model, *, atol: float | None = None, seed: int
         target: The larger one, grown in memory or read from where it was written.
         atol: The largest absolute difference that counts as preserved; None takes a relative one by element type.
         seed: The seed of the inputs.
+        device: Where the models run: ``cpu``, ``cuda``, or ``auto`` for a GPU where there is one.
 
     Raises:
-        GrowkitError: Where the models have no output in common, or one output's shapes differ and no operator says how.
+        GrowkitError: Where the device is not there, the models have no output in common, or one output's shapes differ and no operator says how.
     """
     operator = target.growth.operator if target.growth else None
-    first, second = source.adapter.forward(source), target.adapter.forward(target)
+    first, second = source.adapter.forward(source, device), target.adapter.forward(target, device)
     worst: dict[str, OutputReport] = {}
     for inputs in generated_inputs(source.graph, seed):
         a, b = first(inputs), second(inputs)

@@ -61,11 +61,11 @@ class TorchAdapter:
 
         return build(model)
 
-    def forward(self, model: Model) -> Forward:
-        """A function that runs the model in torch."""
+    def forward(self, model: Model, device: str = "auto") -> Forward:
+        """A function that runs the model in torch, on ``device``."""
         from growkit_torch.forward import ModuleForward
 
-        return ModuleForward(model)
+        return ModuleForward(model, device)
 
 
 __all__ = ["TorchAdapter"]

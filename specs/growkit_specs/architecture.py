@@ -239,31 +239,34 @@ class Architecture(Spec):
         build = _Builder(self, config, base, {} if naming == 0 else self.naming[naming - 1], has_tensor)
         head = {name: rule for name, rule in self.head.items() if name in self.classes[class_name].layers}
         stem, head_layers = build.layers(self.stem), build.layers(head)
+        stacks = tuple(
+            Stack(name=name, depth=self._depth(config, rule), layers=build.layers(rule.layers, prefix=rule.prefix))
+            for name, rule in self.stacks.items()
+        )
+        layers = [*stem, *(layer for stack in stacks for layer in stack.layers), *head_layers]
+        used = {space for layer in layers for parameter in layer.parameters for space in parameter.parsed.spaces}
+        used |= {name for name, rule in self.spaces.items() if rule.kind == "fixed" and name in self.config.grown.values()}
         norms = {layer.name for layer in (*stem, *head_layers) if layer.kind == "norm"}
-        graph = LayerGraph(
+        return LayerGraph(
             architecture=self.architecture,
-            spaces=tuple(Space(name=name, size=sizes[name], kind=rule.kind) for name, rule in self.spaces.items()),
-            stem=stem,
-            stacks=tuple(
-                Stack(
-                    name=name,
-                    depth=self._depth(config, rule),
-                    layers=build.layers(rule.layers, prefix=rule.prefix),
-                )
-                for name, rule in self.stacks.items()
+            spaces=tuple(
+                Space(name=name, size=sizes[name], kind=rule.kind) for name, rule in self.spaces.items() if name in used
             ),
+            stem=stem,
+            stacks=stacks,
             head=head_layers,
             inputs=self.inputs,
             outputs=tuple(
-                port if port.through in norms else port.model_copy(update={"through": None}) for port in self.outputs
+                port.model_copy(update={"through": port.through if port.through in norms else None})
+                for port in self.outputs
+                if port.space in used
             ),
             attributes={
                 **build.resolve(self.attributes),
                 "class": class_name,
-                **{f"follows:{name}": rule.follows for name, rule in self.spaces.items() if rule.follows},
+                **{f"follows:{name}": rule.follows for name, rule in self.spaces.items() if rule.follows and name in used},
             },
         )
-        return graph
 
     def is_ignored_tensor(self, name: str) -> bool:
         """Whether a tensor is derived and need not be carried over."""
@@ -299,6 +302,7 @@ class Architecture(Spec):
         grown = dict(config)
         known: dict[str, Any] = {**sizes, **{self.stacks[name].depth: len(m) for name, m in layer_maps.items()}}
         values = {key: _whole(self._evaluate(expression, known)) for key, expression in rules.grown.items()}
+        values = {key: value for key, value in values.items() if value is not None}  # sizes this class does not have
         grown.update({key: value for key, value in values.items() if config.get(key) is not None})
         if self._unsaid(grown, known):  # keys the source left to their defaults, written only where they must be
             grown.update({key: value for key, value in values.items() if key not in config or config[key] is None})

@@ -1,0 +1,339 @@
+"""The command line: verb, input, output. Progress on stderr, results on stdout, ``--json`` for other tools."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from growkit_specs.errors import GrowkitError
+
+if TYPE_CHECKING:
+    from growkit.model import Model
+    from growkit.plan import Plan
+    from growkit.verify import Report
+
+app = typer.Typer(
+    help="Grow a larger transformer out of a smaller trained one.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model directory.")]
+To = Annotated[
+    str,
+    typer.Option("--to", metavar="SIZES", help="Sizes, absolute or relative: hidden=768,layers=1.5x. "
+                 "One or more of hidden heads kv_heads head_dim ffn layers vocab positions."),
+]  # fmt: skip
+MethodOption = Annotated[str, typer.Option("--method", help="A method, or width=NAME,depth=NAME.")]
+Like = Annotated[str | None, typer.Option("--like", metavar="CONFIG_OR_MODEL", help="Take the sizes of this config or model.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="The seed of fresh entries.")]
+FreshOption = Annotated[
+    float | None,
+    typer.Option("--fresh", min=0, help="Scale of fresh entries, times the trained ones' standard deviation."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="keep, float32, float16 or bfloat16.")]
+Device = Annotated[str, typer.Option("--device", help="Where the check runs: auto, cpu or cuda.")]
+Check = Annotated[bool, typer.Option("--check", help="Verify what was written before it is put in place.")]
+
+
+def main() -> None:
+    """Run the command line; every error a user can meet is one line and exit status 2."""
+    try:
+        app()
+    except GrowkitError as error:
+        _stop(str(error))
+    except KeyboardInterrupt:
+        _stop("interrupted; nothing was written", status=130)
+    except MemoryError:
+        _stop("out of memory; nothing was written")
+
+
+def _stop(message: str, status: int = 2) -> NoReturn:
+    print(f"growkit: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(installed("growkit"))
+        raise typer.Exit
+
+
+@app.command()
+def inspect(model: ModelArgument, as_json: Json = False) -> None:
+    """Show what a model is: its spaces, stacks and every tensor's layout."""
+    import growkit
+
+    read = growkit.read(model)
+    tensors = [
+        {
+            "name": t.name,
+            "shape": list(t.shape),
+            "layout": t.parameter.layout,
+            "slot": t.parameter.slot,
+            "layer": t.layer,
+        }
+        for t in read.graph.tensors()
+    ]
+    facts = {
+        "format": read.adapter.name,
+        "architecture": read.graph.architecture,
+        "class": read.graph.attributes.get("class"),
+        "parameters": read.graph.parameter_count,
+        "bytes": read.bytes,
+        "spaces": read.graph.sizes,
+        "stacks": read.graph.depths,
+    }
+    if as_json:
+        print(json.dumps({**facts, "tensors": tensors}))
+        return
+    table = _table("slot", "layout", "shape", "name")
+    for t in read.graph.tensors(tied=True):
+        if t.layer in (None, 0):
+            tied = f" (tied to {t.parameter.tied_to})" if t.parameter.tied_to else ""
+            table.add_row(t.parameter.slot, t.parameter.layout, " x ".join(map(str, t.shape)), t.parameter.name + tied)
+    _print_facts({k: _spelled(v) for k, v in facts.items()})
+    _console().print(table)
+
+
+@app.command()
+def plan(
+    model: ModelArgument,
+    to: To = "",
+    like: Like = None,
+    method: MethodOption = "lossless",
+    seed: Seed = 0,
+    fresh: FreshOption = None,
+    as_json: Json = False,
+) -> None:
+    """Tell what a growth would do, and whether it keeps the function, before any weight is touched."""
+    import growkit
+
+    made = _planned(growkit.read(model), to, like, method, seed, fresh)
+    if as_json:
+        print(json.dumps(made.to_json()))
+    else:
+        _show_plan(made)
+
+
+@app.command()
+def grow(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Where to write; nothing may exist there.")],
+    to: To = "",
+    like: Like = None,
+    method: MethodOption = "lossless",
+    operator: Annotated[Path | None, typer.Option("--operator", metavar="FILE", help="A saved growth operator.")] = None,
+    seed: Seed = 0,
+    fresh: FreshOption = None,
+    check: Check = False,
+    device: Device = "auto",
+    dtype: Dtype = "keep",
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Grow a model and write the larger one."""
+    import growkit
+    from growkit.adapters import refuse_existing
+
+    refuse_existing(out)
+    source = growkit.read(model)
+    if operator is not None:
+        if to or like:
+            raise GrowkitError("a saved operator settles the sizes; leave out --to and --like")
+        large, made = growkit.grow(source, growkit.GrowthOperator.load(operator), dtype=dtype), None
+    else:
+        made = _planned(source, to, like, method, seed, fresh)
+        if not as_json and not quiet:
+            _show_plan(made)
+        large = growkit.grow(source, made, dtype=dtype)
+    report = _written(source, large, out, check=check, promised=made is None or made.preserving, quiet=quiet, device=device)
+    result = {"out": str(out), **({} if made is None else {"plan": made.to_json()})}
+    if as_json:
+        print(json.dumps({**result, "verify": report.to_json() if report else None}))
+    else:
+        if report:
+            _show_report(report)
+        _console().print(f"wrote {out}: {large.graph.parameter_count:,} parameters, {large.bytes:,} bytes")
+
+
+@app.command()
+def verify(
+    small: Annotated[str, typer.Argument(metavar="SMALL", help="The source model.")],
+    large: Annotated[str, typer.Argument(metavar="LARGE", help="The grown model.")],
+    atol: Annotated[float | None, typer.Option("--atol", min=0, help="Largest absolute difference allowed.")] = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Run both models on the same inputs; exit status 1 where their outputs differ."""
+    import growkit
+
+    report = growkit.verify(growkit.read(small), growkit.read(large), atol=atol, seed=seed, device=device)
+    if as_json:
+        print(json.dumps(report.to_json()))
+    else:
+        _show_report(report)
+    raise typer.Exit(0 if report.preserved else 1)
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="A recipe.")],
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Do what a recipe says."""
+    from growkit_specs import Recipe
+
+    told = Recipe.load(recipe)
+    if told.destination is None:
+        raise GrowkitError(f"{recipe}: the recipe names no destination; add a line 'destination: DIRECTORY'")
+    grow(
+        str(recipe.parent / told.source),
+        recipe.parent / told.destination,
+        to=",".join(f"{name}={size}" for name, size in told.target.requested().items()),
+        method=told.method,
+        seed=told.seed,
+        fresh=told.fresh,
+        check=told.check,
+        dtype=told.dtype,
+        quiet=quiet,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """List every method: what it grows, when it is exact, its paper."""
+    from growkit.methods import methods as registered
+
+    rows = [
+        {"name": m.name, "grows": list(m.grows), "exact_when": m.exact_when, "paper": m.paper, "summary": m.summary}
+        for m in registered()
+    ]
+    if as_json:
+        print(json.dumps(rows))
+        return
+    table = _table("method", "grows", "what it does", "exact when", "paper")
+    for m in registered():
+        table.add_row(m.name, ", ".join(m.grows), m.summary, m.exact_when, m.paper or "")
+    _console().print(table)
+
+
+# --- what commands share ---------------------------------------------------------------------------------------------
+
+
+def _planned(model: Model, to: str, like: str | None, method: str, seed: int, fresh: float | None) -> Plan:
+    import growkit
+    from growkit.adapters import read_graph
+
+    if not to and like is None:
+        raise GrowkitError("no sizes asked for; give --to hidden=768,layers=12 or --like MODEL")
+    target = growkit.Target.parse(to)
+    return growkit.plan(model, target, method=method, seed=seed, fresh=fresh, like=read_graph(like) if like else None)
+
+
+def _written(
+    source: Model, large: Model, out: Path, *, check: bool, promised: bool, quiet: bool, device: str
+) -> Report | None:
+    """Write ``large``, verified first where asked; a promise that is not kept leaves nothing behind."""
+    import growkit
+
+    reports: list[Report] = []
+
+    def verified(written: Model) -> None:
+        reports.append(growkit.verify(source, written, device=device))
+        if promised and not reports[0].preserved:
+            _show_report(reports[0], stderr=True)
+            _stop("the outputs differ although the plan says they should not; nothing was written", status=1)
+
+    with _progress(large.bytes, quiet) as progress:
+        growkit.write(large, out, progress=progress, check=verified if check else lambda written: None)
+    return reports[0] if reports else None
+
+
+@contextmanager
+def _progress(total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr: bytes written, per second, time left."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("growing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=_console(stderr=True), disable=quiet or not sys.stderr.isatty()) as bar:
+        task = bar.add_task("growing", total=total)
+        yield lambda written: bar.update(task, advance=written)
+
+
+def _console(*, stderr: bool = False) -> Any:
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, width=None if stream.isatty() else 200, highlight=False)  # a pipe has no width
+
+
+def _table(*columns: str) -> Any:
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    table = Table(box=SIMPLE, show_edge=False, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _spelled(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {size}" for name, size in value.items())
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _print_facts(facts: dict[str, str]) -> None:
+    for name, value in facts.items():
+        _console().print(f"{name:<13} {value}", soft_wrap=True)
+
+
+def _show_plan(made: Plan) -> None:
+    told = made.to_json()
+    table = _table("", "source", "target")
+    for row in ("parameters", "bytes", "flops_per_token"):
+        table.add_row(row.replace("_", " "), f"{told['source'][row]:,}", f"{told['target'][row]:,}")
+    for group in ("spaces", "stacks"):
+        for name, size in told["source"][group].items():
+            if told["target"][group][name] != size:
+                table.add_row(name, str(size), str(told["target"][group][name]))
+    console = _console()
+    console.print(table)
+    console.print(f"\n{'keeps the function' if made.preserving else 'does not keep the function'} (method {made.method})")
+    for reason in made.verdict.reasons:
+        console.print(f"  {'yes' if reason.holds else 'NO '}  {reason.condition}: {reason.detail}", soft_wrap=True)
+    for output in told["outputs"]:
+        console.print(f"  the output {output['name']} grows with {output['space']}, where the model has it")
+    console.print()
+
+
+def _show_report(report: Report, *, stderr: bool = False) -> None:
+    table = _table("output", "shape", "largest difference", "relative", "compared")
+    for o in report.outputs:
+        compared = f"through the read matrix of {o.space}" if o.space else "directly"
+        table.add_row(o.name, " x ".join(map(str, o.shape)), f"{o.max_abs_diff:.3g}", f"{o.max_rel_diff:.3g}", compared)
+    console = _console(stderr=stderr)
+    console.print(table)
+    tolerance = f"absolute tolerance {report.atol:g}" if report.atol is not None else f"relative tolerance {report.rtol:g}"
+    console.print(f"\n{'preserved' if report.preserved else 'NOT preserved'} ({tolerance})")
+
+
+if __name__ == "__main__":
+    main()
