@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Grow a larger transformer out of a smaller trained one.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -46,16 +45,22 @@ Device = Annotated[str, typer.Option("--device", help="Where the check runs: aut
 Check = Annotated[bool, typer.Option("--check", help="Verify what was written before it is put in place.")]
 
 
+_USAGE_ERROR: Any = typer.BadParameter.__mro__[2]  # ClickException, which typer vendors or imports by version
+
+
 def main() -> None:
     """Run the command line; every error a user can meet is one line and exit status 2."""
     try:
-        app()
+        status = app(standalone_mode=False)
     except GrowkitError as error:
         _stop(str(error))
+    except _USAGE_ERROR as error:
+        _stop(f"{error.format_message()} See growkit --help.")
     except KeyboardInterrupt:
         _stop("interrupted; nothing was written", status=130)
     except MemoryError:
         _stop("out of memory; nothing was written")
+    raise SystemExit(status if isinstance(status, int) else 0)
 
 
 def _stop(message: str, status: int = 2) -> NoReturn:
@@ -64,12 +69,15 @@ def _stop(message: str, status: int = 2) -> NoReturn:
 
 
 @app.callback(invoke_without_command=True)
-def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _without_command(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
     if version:
         from importlib.metadata import version as installed
 
         print(installed("growkit"))
-        raise typer.Exit
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command()

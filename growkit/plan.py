@@ -279,8 +279,8 @@ class _Resolution:
         if isinstance(size, str):
             exact = Fraction(size.removesuffix("x")) * old
             if exact.denominator != 1:
-                low = int(exact)
-                raise InvalidTarget(f"{name}={size} of {old} is {float(exact):g}, not whole; nearest: {low} or {low + 1}")
+                low, high = self.around(exact, self.hidden_step if name == "hidden" else Fraction(1))
+                raise InvalidTarget(f"{name}={size} of {old} is {float(exact):g}, not whole; nearest: {low} or {high}")
             size = int(exact)
         if size < old:
             raise InvalidTarget(f"{name}={size} is smaller than the source's {old}; growkit grows, it does not prune")
@@ -337,8 +337,7 @@ class _Resolution:
                 heads = self.old["heads"] * ratio
                 unit = self.old["group"] if self.is_grouped else 1
                 if heads.denominator != 1 or heads.numerator % unit:
-                    step = Fraction(self.old["hidden"] * unit, self.old["heads"])
-                    low, high = self.around(new["hidden"], step)
+                    low, high = self.around(new["hidden"], self.hidden_step)
                     raise InvalidTarget(
                         f"hidden={new['hidden']}: heads would follow to {float(heads):g}, not a whole number"
                         f"{f' of groups of {unit}' if unit > 1 else ''}; nearest hidden: {low} or {high}; or name heads too"
@@ -355,7 +354,7 @@ class _Resolution:
             new["group"] = heads // kv_heads
         else:
             unit = kv_heads if "kv_heads" in self.asked else group
-            low, high = self.around(heads, Fraction(unit), self.old["heads"])
+            low, high = self.around(heads, Fraction(unit))
             raise InvalidTarget(
                 f"heads={heads} is not a whole number of groups: {kv_heads} kv_heads; nearest heads: {low} or {high}"
             )
@@ -365,7 +364,15 @@ class _Resolution:
             low, high = self.around(size, Fraction(unit))
             raise InvalidTarget(f"{name}={size} is not divisible by {why}; nearest {name}: {low} or {high}")
 
-    def around(self, size: int, step: Fraction, least: int | None = None) -> tuple[int, int]:
+    @property
+    def hidden_step(self) -> Fraction:
+        """The step in which hidden can grow while heads follow it in whole groups."""
+        if "heads" not in self.old:
+            return Fraction(1)
+        return Fraction(self.old["hidden"] * self.old.get("group", 1), self.old["heads"])
+
+    @staticmethod
+    def around(size: int | Fraction, step: Fraction) -> tuple[int, int]:
         """The nearest whole multiples of ``step`` below and above ``size``."""
         below, above = int(size // step), ceil(size / step)
         while (step * below).denominator != 1:

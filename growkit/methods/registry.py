@@ -185,7 +185,7 @@ def chosen(text: str, *, widens: bool, deepens: bool) -> tuple[Method, Method]:
             others = sorted((m.name for m in methods() if way in m.grows), key="lossless".__ne__)
             other = "depth" if way == "width" else "width"
             raise InvalidTarget(
-                f"the method '{named[way]}' does not grow {way}; for {way}: {', '.join(others)}; combine them as "
-                f"{way}={others[0]},{other}={named[other]}"
+                f"the method '{named[way]}' does not grow {way}; for {way}: {', '.join(others)}; combine them: "
+                f"--method {way}={others[0]},{other}={named[other]}"
             )
     return method(named["width"]), method(named["depth"])
