@@ -61,6 +61,8 @@ class Origin:
             epsilons={k: e for k, e in epsilons.items() if e != self.architecture.value(self.config, k)},
             untied=bool(operator.untied),
         )
+        stored = next(iter(graph.tensors())).parameter.dtype
+        config.update({key: stored for key in ("dtype", "torch_dtype") if config.get(key)})
         return replace(self, config=config)
 
 
@@ -78,6 +80,7 @@ def read_directory(adapter: Adapter, path: Path) -> Model:
     class_name = _class_of(config, architecture, stored, path)
     shapes = {name: (tuple(t.shape), np.dtype(t.dtype)) for name, t in stored.items()}
     graph, names = _fitted_graph(architecture, config, class_name, shapes, str(path))
+    _refuse_broken_ties(graph, stored, path)
     weights = LazyWeights({name: stored[name] for name in names}, lambda tensor: tensor.load())
     origin = Origin(config, class_name, architecture, path=path)
     return Model(graph, weights, adapter, origin, _growth_beside(path))
@@ -276,6 +279,18 @@ def _fitted_graph(
         raise UnsupportedModel(f"{where}: {odd} is stored as {shapes[odd][1]}; expected a floating-point type; dequantise it first")
     graph = graph.with_dtypes(lambda key: str(dtypes.get(key, next(iter(dtypes.values())))))
     return graph, list(wanted)
+
+
+def _refuse_broken_ties(graph: LayerGraph, stored: Mapping[str, Any], path: Path) -> None:
+    """A file may hold a tied tensor twice; then both must be the same."""
+    for tensor in graph.tensors(tied=True):
+        tied_to = tensor.parameter.tied_to
+        if tied_to in stored and tensor.name in stored:
+            if not np.array_equal(stored[tensor.name].load(), stored[tied_to].load()):
+                raise InvalidModel(
+                    f"{path}: {tensor.name} and {tied_to} are tied by the config, and differ; set tie_word_embeddings to "
+                    "false, or remove the wrong one"
+                )
 
 
 def _candidates(
