@@ -43,7 +43,12 @@ class Adapter(Protocol):
         """
 
     def write(
-        self, model: Model, like: Any, destination: Path, progress: Callable[[int], None], check: Callable[[Model], None]
+        self,
+        model: Model,
+        like: Any,
+        destination: Path,
+        progress: Callable[[int], None],
+        check: Callable[[Model], None],
     ) -> None:
         """Write ``model`` at ``destination`` in the form of ``like``, which is untouched.
 
@@ -79,7 +84,13 @@ def adapter_for(source: Any) -> Adapter:
             return adapter
     if isinstance(source, (str, Path)):
         path = Path(source)
-        what = "no such file or directory" if not path.exists() else "a directory without config.json" if path.is_dir() else "not a model"
+        what = (
+            "no such file or directory"
+            if not path.exists()
+            else "a directory without config.json"
+            if path.is_dir()
+            else "not a model"
+        )
         raise UnsupportedModel(f"{path}: {what}; expected a model directory with config.json and safetensors")
     raise UnsupportedModel(f"an object of type {type(source).__name__} is no model that an installed adapter reads")
 

@@ -32,7 +32,9 @@ To = Annotated[
                  "One or more of hidden heads kv_heads head_dim ffn layers vocab positions."),
 ]  # fmt: skip
 MethodOption = Annotated[str, typer.Option("--method", help="A method, or width=NAME,depth=NAME.")]
-Like = Annotated[str | None, typer.Option("--like", metavar="CONFIG_OR_MODEL", help="Take the sizes of this config or model.")]
+Like = Annotated[
+    str | None, typer.Option("--like", metavar="CONFIG_OR_MODEL", help="Take the sizes of this config or model.")
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="The seed of fresh entries.")]
 FreshOption = Annotated[
     float | None,
@@ -144,7 +146,9 @@ def grow(
     to: To = "",
     like: Like = None,
     method: MethodOption = "lossless",
-    operator: Annotated[Path | None, typer.Option("--operator", metavar="FILE", help="A saved growth operator.")] = None,
+    operator: Annotated[
+        Path | None, typer.Option("--operator", metavar="FILE", help="A saved growth operator.")
+    ] = None,
     seed: Seed = 0,
     fresh: FreshOption = None,
     check: Check = False,
@@ -168,7 +172,9 @@ def grow(
         if not as_json and not quiet:
             _show_plan(made)
         large = growkit.grow(source, made, dtype=dtype)
-    report = _written(source, large, out, check=check, promised=made is None or made.preserving, quiet=quiet, device=device)
+    report = _written(
+        source, large, out, check=check, promised=made is None or made.preserving, quiet=quiet, device=device
+    )
     result = {"out": str(out), **({} if made is None else {"plan": made.to_json()})}
     if as_json:
         print(json.dumps({**result, "verify": report.to_json() if report else None}))
@@ -324,7 +330,9 @@ def _show_plan(made: Plan) -> None:
                 table.add_row(name, str(size), str(told["target"][group][name]))
     console = _console()
     console.print(table)
-    console.print(f"\n{'keeps the function' if made.preserving else 'does not keep the function'} (method {made.method})")
+    console.print(
+        f"\n{'keeps the function' if made.preserving else 'does not keep the function'} (method {made.method})"
+    )
     for reason in made.verdict.reasons:
         console.print(f"  {'yes' if reason.holds else 'NO '}  {reason.condition}: {reason.detail}", soft_wrap=True)
     for output in told["outputs"]:
@@ -339,7 +347,9 @@ def _show_report(report: Report, *, stderr: bool = False) -> None:
         table.add_row(o.name, " x ".join(map(str, o.shape)), f"{o.max_abs_diff:.3g}", f"{o.max_rel_diff:.3g}", compared)
     console = _console(stderr=stderr)
     console.print(table)
-    tolerance = f"absolute tolerance {report.atol:g}" if report.atol is not None else f"relative tolerance {report.rtol:g}"
+    tolerance = (
+        f"absolute tolerance {report.atol:g}" if report.atol is not None else f"relative tolerance {report.rtol:g}"
+    )
     console.print(f"\n{'preserved' if report.preserved else 'NOT preserved'} ({tolerance})")
 
 

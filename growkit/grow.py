@@ -68,6 +68,7 @@ class Grower:
         return np.asarray(grown).astype(dtype_of(target.parameter.dtype), copy=False)
 
     def source(self, target: Tensor, key: str, layer: int | None) -> Array:
+        """A source tensor, finite, in the element type that ``target`` is computed in."""
         name = self.names[key, layer]
         array = self.model.weights[name]
         if array.dtype.itemsize < 4:  # half types: exact in float32, where arithmetic keeps its accuracy
@@ -93,7 +94,9 @@ def refuse_nonfinite(name: str, array: np.ndarray) -> None:
         finite = np.isfinite(array)
         if not finite.all():
             where = tuple(map(int, np.argwhere(~finite)[0]))
-            raise InvalidModel(f"{name}: the entry {list(where)} is {array[where]}; expected finite weights; nothing was written")
+            raise InvalidModel(
+                f"{name}: the entry {list(where)} is {array[where]}; expected finite weights; nothing was written"
+            )
 
 
 def dtype_of(name: str) -> np.dtype[Any]:
@@ -106,7 +109,7 @@ def dtype_of(name: str) -> np.dtype[Any]:
     if name not in known:
         raise GrowkitError(f"the dtype '{name}' is not supported; expected {', '.join(known)}")
     if name == "bfloat16":
-        import ml_dtypes
+        import ml_dtypes  # noqa: F401 - importing it makes numpy know the name
 
-        return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(name)
+    dtype: np.dtype[Any] = np.dtype(name)
+    return dtype

@@ -49,7 +49,7 @@ class Matrix(ABC):
 
     @property
     @abstractmethod
-    def mT(self) -> Matrix:  # noqa: N802 - the array API's name
+    def mT(self) -> Matrix:
         """The transpose, ``d x D``."""
 
     @property
@@ -111,7 +111,6 @@ class Identity(Matrix):
     @property
     def is_gather(self) -> bool:
         return True
-
 
     @property
     def pattern(self) -> Matrix | None:
@@ -225,7 +224,11 @@ def _weighted(x: Array, weight: np.ndarray | None, axis: int) -> Array:
 
 def pad(rows: int, columns: int) -> Matrix:
     """``[I; 0]``, ``(rows, columns)``: the source's entries first, then zeros."""
-    return Identity(rows) if rows == columns else Selection(np.r_[np.arange(columns), np.full(rows - columns, -1)], columns)
+    return (
+        Identity(rows)
+        if rows == columns
+        else Selection(np.r_[np.arange(columns), np.full(rows - columns, -1)], columns)
+    )
 
 
 @final

@@ -56,10 +56,12 @@ def _picked(pattern: Matrix, scale: Array, fill: float | None) -> Array:
 
 def mean_square(norm: str, x: np.ndarray) -> np.ndarray:
     """What a norm divides by, squared: the mean square (``rms``) or the variance (``layer``) over the last axis."""
-    return np.mean(np.square(x), -1) if norm == "rms" else np.var(x, -1)
+    squares: np.ndarray = np.mean(np.square(x), -1) if norm == "rms" else np.var(x, -1)
+    return squares
 
 
 def normalised(norm: str, x: np.ndarray) -> np.ndarray:
     """``x`` normalised over its last axis by a norm without scale, shift and epsilon."""
-    centred = x if norm == "rms" else x - x.mean(-1, keepdims=True)
-    return centred / np.sqrt(mean_square(norm, x))[..., None]
+    centred: np.ndarray = x if norm == "rms" else x - x.mean(-1, keepdims=True)
+    centred = centred / np.sqrt(mean_square(norm, x))[..., None]
+    return centred

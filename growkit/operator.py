@@ -156,10 +156,7 @@ class GrowthOperator:
         """``B W A^T``: each axis of ``W`` mapped by the matrix of its space."""
         layout = target.parameter.parsed
         for axis, role in enumerate(layout.roles):
-            if role == "scale":
-                W = self._scaled(target, W)
-            else:
-                W = self.axis_matrix(target, axis).apply(W, axis)
+            W = self._scaled(target, W) if role == "scale" else self.axis_matrix(target, axis).apply(W, axis)
         if self._needs_fold(target):  # the writer's rows were folded with the layer scale; divide the grown one out
             W = W / self._layer_scale(target, source).reshape(-1, *(1,) * (W.ndim - 1))
         return W
@@ -237,7 +234,9 @@ class GrowthOperator:
                 return block_diagonal(*(self._composed(product(*rest), (basis,), leaf) for basis in bases))
             case Product(factors):
                 if len(bases) > 1 and any(f"{f}[{b}]" in self.expansions for f in factors for b in bases):
-                    raise UnsupportedModel(f"the axis {axis} interleaves {', '.join(bases)}, which grow differently here")
+                    raise UnsupportedModel(
+                        f"the axis {axis} interleaves {', '.join(bases)}, which grow differently here"
+                    )
                 return kronecker(*(self._composed(factor, bases, leaf) for factor in factors))
 
     def blend_of(self, target: Tensor) -> Any:
@@ -356,7 +355,9 @@ class GrowthOperator:
             return cls(
                 expansions={
                     key: Expansion(
-                        *(from_state(state[side], arrays) for side in ("write", "read", "seen")),
+                        write=from_state(state["write"], arrays),
+                        read=from_state(state["read"], arrays),
+                        seen=from_state(state["seen"], arrays),
                         gain=state["gain"],
                         variance=state["variance"],
                         fresh=state["fresh"],

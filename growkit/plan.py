@@ -1,4 +1,4 @@
-"""Planning: a target's sizes resolved, the operator built, the costs and the verdict told before any weight is touched."""
+"""Planning: sizes resolved, the operator built, costs and verdict told before any weight is touched."""
 
 from __future__ import annotations
 
@@ -70,9 +70,7 @@ class Plan:
                 for port in self.source.outputs
                 if port.space and self.operator.expansions[port.space].grows
             ],
-            "parameters": [
-                {"slot": key, "source_shape": old, "target_shape": new} for key, old, new in self.changes()
-            ],
+            "parameters": [{"slot": key, "source_shape": old, "target_shape": new} for key, old, new in self.changes()],
         }
 
 
@@ -92,9 +90,7 @@ def summary(graph: LayerGraph) -> dict[str, Any]:
 def flops_per_token(graph: LayerGraph) -> int:
     """Forward FLOPs per token of the matrix products with weights: two for each entry; attention scores not counted."""
     return sum(
-        2 * t.count
-        for t in graph.tensors(tied=True)
-        if t.parameter.parsed.reads and t.owner.kind != "embedding"
+        2 * t.count for t in graph.tensors(tied=True) if t.parameter.parsed.reads and t.owner.kind != "embedding"
     )
 
 
@@ -167,7 +163,7 @@ def target_graph(source: LayerGraph, operator: GrowthOperator) -> LayerGraph:
         key = str(layer.attributes.get("epsilon_key"))
         ratios = variances(source, operator, key)
         if ratios and ratios[0] != 1 and len(set(ratios)) == 1:
-            epsilons[key] = float(layer.attributes["epsilon"] or 0) * ratios[0]  # type: ignore[arg-type]
+            epsilons[key] = float(layer.attributes["epsilon"] or 0) * ratios[0]
     return source.resized(
         {space: operator.expansions[space].write.shape[0] for space in source.sizes},
         {stack: operator.blend[stack].shape[0] for stack in source.depths},
@@ -188,7 +184,7 @@ def _expansions(source: LayerGraph, sizes: Mapping[str, int], method: Method, se
 
 
 def _keeps_epsilon(source: LayerGraph, sizes: Mapping[str, int], space: str) -> bool:
-    """Whether norms over ``space`` share an epsilon key with norms over a space that does not grow in the same ratio."""
+    """Whether norms over ``space`` share an epsilon key with norms over a space that grows in another ratio."""
     keys = {layer.attributes.get("epsilon_key") for layer in norms_over(source, space)} - {None}
     sharing = {
         other
@@ -237,7 +233,9 @@ def _sizes_of(like: LayerGraph, source: LayerGraph) -> dict[str, int | str]:
     sizes = {**like.sizes, "layers": next(iter(like.depths.values()))}
     if "kv_heads" in sizes:
         sizes["heads"] = sizes["kv_heads"] * sizes["group"]
-    names = [name for name in Target.model_fields if name in sizes and (name in source.sizes or name in ("heads", "layers"))]
+    names = [
+        name for name in Target.model_fields if name in sizes and (name in source.sizes or name in ("heads", "layers"))
+    ]
     return {name: sizes[name] for name in names}
 
 
@@ -301,7 +299,9 @@ class _Resolution:
         smaller = [name for name in self.old if new[name] < self.old[name]]
         if smaller:
             name = smaller[0]
-            raise InvalidTarget(f"{name} would shrink from {self.old[name]} to {new[name]}; ask for larger heads or kv_heads")
+            raise InvalidTarget(
+                f"{name} would shrink from {self.old[name]} to {new[name]}; ask for larger heads or kv_heads"
+            )
         if "kv_heads" in self.asked and new["group"] != self.old["group"] and "heads" not in self.asked:
             raise InvalidTarget("kv_heads does not divide heads as before; name heads too")
         depth_ratio = Fraction(new["layers"], self.old["layers"])
@@ -340,7 +340,8 @@ class _Resolution:
                     low, high = self.around(new["hidden"], self.hidden_step)
                     raise InvalidTarget(
                         f"hidden={new['hidden']}: heads would follow to {float(heads):g}, not a whole number"
-                        f"{f' of groups of {unit}' if unit > 1 else ''}; nearest hidden: {low} or {high}; or name heads too"
+                        f"{f' of groups of {unit}' if unit > 1 else ''}; nearest hidden: {low} or "
+                        f"{high}; or name heads too"
                     )
                 new["heads"] = int(heads)
         if self.is_grouped:

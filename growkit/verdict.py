@@ -124,10 +124,16 @@ class _Examination:
             needs = "only whole ratios keep it" if stays and kind == "layer" else "this map does not keep it"
             detail = f"{change}, ratio {D / d:g}, norm {where}: " + ("kept" if holds else needs)
             yield Reason(name, bool(holds), detail)
-        for key in sorted({str(layer.attributes["epsilon_key"]) for layer in layers if "epsilon_key" in layer.attributes}):
+        for key in sorted(
+            {str(layer.attributes["epsilon_key"]) for layer in layers if "epsilon_key" in layer.attributes}
+        ):
             ratios = self.variances(key)
             if ratios != {1.0}:
-                detail = f"{key} is multiplied by {next(iter(ratios)):.6g}" if len(ratios) == 1 else f"{key} serves norms that grow apart"
+                detail = (
+                    f"{key} is multiplied by {next(iter(ratios)):.6g}"
+                    if len(ratios) == 1
+                    else f"{key} serves norms that grow apart"
+                )
                 yield Reason(f"epsilon over {space}", len(ratios) == 1, detail)
 
     def pointwise(self, space: str, e: Expansion, change: str) -> Reason:
@@ -138,7 +144,11 @@ class _Examination:
         holds = _close(e.write.apply(np.square(x) + x, 1)[:, read], (np.square(grown) + grown)[:, read])
         if e.fresh in ("write", "both"):
             holds &= not (read & ~e.write.support).any()
-        detail = "whole units are kept; new ones are silent or share out" if holds else "units are mixed before their nonlinearity"
+        detail = (
+            "whole units are kept; new ones are silent or share out"
+            if holds
+            else "units are mixed before their nonlinearity"
+        )
         return Reason(f"{space}: units", holds, f"{change}: {detail}")
 
     def scores(self, d: int, D: int) -> Reason:
@@ -150,13 +160,17 @@ class _Examination:
             return Reason("head_dim: attention scores", False, f"head_dim {d} to {D}: {why}")
         q, k = (self.operator.expansions.get(f"head_dim[{b}]", self.operator.expansions["head_dim"]) for b in "qk")
         x, y = self.probes(d), self.probes(d)
-        scaled = any(layer.attributes.get("scale") != "none" for _, layer in self.graph.walk() if layer.kind == "attention")
+        scaled = any(
+            layer.attributes.get("scale") != "none" for _, layer in self.graph.walk() if layer.kind == "attention"
+        )
         before = (x * y).sum(1) / (np.sqrt(d) if scaled else 1)
         after = (q.write.apply(x, 1) * k.write.apply(y, 1)).sum(1) / (np.sqrt(D) if scaled else 1)
         free = ~q.write.support & ~k.write.support
         clash = bool(free.any()) and q.fresh == "write" and k.fresh == "write"
         holds = _close(before, after) and not clash
-        return Reason("head_dim: attention scores", holds, f"head_dim {d} to {D}: scores are {'kept' if holds else 'changed'}")
+        return Reason(
+            "head_dim: attention scores", holds, f"head_dim {d} to {D}: scores are {'kept' if holds else 'changed'}"
+        )
 
     def readers(self, space: str, e: Expansion, change: str) -> Reason:
         """E1: ``A^T C = 1`` through norms, ``A^T B = 1`` elsewhere."""
@@ -168,11 +182,13 @@ class _Examination:
         )
         seen = [e.seen] + ([e.write] if direct else [])
         holds = all(_close(e.read.mT.apply(matrix.apply(x, 1), 1), x) for matrix in seen)
-        return Reason(f"{space}: readers", holds, f"{change}: what is read {'is' if holds else 'is not'} what was written")
+        return Reason(
+            f"{space}: readers", holds, f"{change}: what is read {'is' if holds else 'is not'} what was written"
+        )
 
     def ties(self) -> Iterator[Reason]:
         """E9: a tied head reads with the embedding's write matrix: ``factor * B^T C = 1``."""
-        for stack, layer in self.graph.walk():
+        for _, layer in self.graph.walk():
             for parameter in layer.parameters:
                 if parameter.tied_to is None or not parameter.parsed.reads:
                     continue
@@ -183,7 +199,11 @@ class _Examination:
                 applied = self.operator.norm_factors.get(layer.through or "", 1.0)
                 holds = factor is not None and bool(np.isclose(factor, applied))
                 if self.grows(layer) or not holds:
-                    detail = f"stays tied, the norm before it times {applied:.6g}" if holds else "stays tied, and reads something else"
+                    detail = (
+                        f"stays tied, the norm before it times {applied:.6g}"
+                        if holds
+                        else "stays tied, and reads something else"
+                    )
                     yield Reason("tied head", holds, f"{parameter.name} {detail}")
 
     def depth(self, stack: Stack) -> Iterator[Reason]:
@@ -199,13 +219,17 @@ class _Examination:
         in_order = len(awake) == stack.depth and all(
             np.array_equal(each[awake], np.eye(stack.depth)) for each in [w, *others]
         )
-        detail = "the source's layers in order, identity blocks between" if in_order else "layers run that the source does not have"
+        detail = (
+            "the source's layers in order, identity blocks between"
+            if in_order
+            else "layers run that the source does not have"
+        )
         yield Reason(f"{stack.name}: depth", in_order, f"{change}: {detail}")
         if silent.any() and any(layer.is_post_norm for layer in stack.layers):
             yield Reason(
                 f"{stack.name}: identity blocks",
                 False,
-                f"{change}: with the norm after the residual addition a block that writes nothing still normalises the stream",
+                f"{change}: a block that writes nothing still normalises the stream after the residual addition",
             )
 
     # --- what the rules ask of the model ---------------------------------------------------------------------------

@@ -91,7 +91,8 @@ def verify(source: Model, target: Model, *, atol: float | None = None, seed: int
         device: Where the models run: ``cpu``, ``cuda``, or ``auto`` for a GPU where there is one.
 
     Raises:
-        GrowkitError: Where the device is not there, the models have no output in common, or one output's shapes differ and no operator says how.
+        GrowkitError: Where the device is not there, the models have no output in common, or one output's shapes differ
+            and no operator says how.
     """
     operator = target.growth.operator if target.growth else None
     first, second = source.adapter.forward(source, device), target.adapter.forward(target, device)
@@ -108,7 +109,9 @@ def verify(source: Model, target: Model, *, atol: float | None = None, seed: int
     return Report(tuple(worst.values()), atol, max(TOLERANCES[dtype] for dtype in types))
 
 
-def _compared(graph: LayerGraph, operator: GrowthOperator | None, name: str, a: np.ndarray, b: np.ndarray) -> OutputReport:
+def _compared(
+    graph: LayerGraph, operator: GrowthOperator | None, name: str, a: np.ndarray, b: np.ndarray
+) -> OutputReport:
     port = next((port for port in graph.outputs if port.name == name), None)
     space = port.space if port is not None and operator is not None else None
     if space is not None and operator is not None:
@@ -119,8 +122,8 @@ def _compared(graph: LayerGraph, operator: GrowthOperator | None, name: str, a: 
         b = operator.read_matrix(space, port.through).apply(b.astype(np.float64), b.ndim - 1)
     if a.shape != b.shape:
         raise GrowkitError(
-            f"output {name}: {list(a.shape)} in the source, {list(b.shape)} in the target, and no growth operator stands "
-            "beside the target to compare them through"
+            f"output {name}: {list(a.shape)} in the source, {list(b.shape)} in the target, and no growth operator "
+            "stands beside the target to compare them through"
         )
     a64, b64 = a.astype(np.float64), b.astype(np.float64)
     difference = float(np.max(np.abs(a64 - b64), initial=0.0))
@@ -159,5 +162,3 @@ def _text(graph: LayerGraph, rng: np.random.Generator, batch: int, length: int, 
 def _image(graph: LayerGraph, rng: np.random.Generator, batch: int) -> np.ndarray:
     size = int(graph.attributes["image_size"] or 0)
     return rng.standard_normal((batch, graph.sizes["channels"], size, size)).astype(np.float32)
-
-

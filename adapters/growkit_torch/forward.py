@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -48,23 +49,38 @@ def build(model: Model, dtype: Any = None) -> Any:
     first = next(iter(model.graph.tensors()))
     dtype = dtype or getattr(torch, first.parameter.dtype)
     state = {name: as_torch(np.asarray(array)) for name, array in model.weights.items()}
+    options = _constructor_options(cls, model)
     with _quiet():
-        module, loading = cls.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
+        module, loading = cls.from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True, **options
+        )
     missing = [name for name in loading["missing_keys"] if not _is_derived(module, name)]
     if missing or loading["unexpected_keys"] or loading["mismatched_keys"]:
-        raise GrowkitError(f"{cls.__name__} did not take its tensors: {missing or ''} {loading['unexpected_keys'] or ''}")
+        raise GrowkitError(
+            f"{cls.__name__} did not take its tensors: {missing or ''} {loading['unexpected_keys'] or ''}"
+        )
     return module.eval()
+
+
+def _constructor_options(cls: Any, model: Model) -> dict[str, bool]:
+    """What the constructor must be told because no config says it: which optional layers exist."""
+    accepted = inspect.signature(cls.__init__).parameters
+    rules = model.origin.architecture.stem | model.origin.architecture.head
+    present = {layer.name for _, layer in model.graph.walk()}
+    return {rule.argument: name in present for name, rule in rules.items() if rule.argument in accepted}
 
 
 def _is_derived(module: Any, name: str) -> bool:
     """Whether a missing name is tied to one that is there."""
-    tied = getattr(module, "all_tied_weights_keys", None) or dict.fromkeys(getattr(module, "_tied_weights_keys", None) or ())
+    tied = getattr(module, "all_tied_weights_keys", None) or dict.fromkeys(
+        getattr(module, "_tied_weights_keys", None) or ()
+    )
     return name in tied
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers warns of every tied or fresh tensor, and draws bars of its own."""
+    """Transformers warns of every tied or fresh tensor, and draws bars of its own."""
     from transformers.utils import logging
 
     before, bars = logging.get_verbosity(), os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")
@@ -79,7 +95,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _norms_in_float64(module: Any) -> None:
-    """transformers' RMSNorms compute in float32 whatever they are given; here they keep float64."""
+    """Transformers' RMSNorms compute in float32 whatever they are given; here they keep float64."""
     from functools import partial
 
     import torch
@@ -118,6 +134,8 @@ class ModuleForward:
         if self.module.dtype == torch.float64:
             _norms_in_float64(self.module)
         self.module.to(self.device)
+        if getattr(self.module.config, "pad_token_id", 0) is None:
+            self.module.config.pad_token_id = -1  # no token pads: classifiers of sequences read the last one
 
     def __call__(self, inputs: Mapping[str, Array], weights: Mapping[str, Any] | None = None) -> dict[str, Array]:
         """Run the model.

@@ -42,7 +42,6 @@ class Origin:
     path: Path | None = None
     module: Any = None
 
-
     def resized(self, graph: LayerGraph, operator: GrowthOperator) -> Origin:
         """The origin of what an operator makes of this model: the same, with its config grown.
 
@@ -128,7 +127,10 @@ def _class_of(config: Mapping[str, Any], architecture: Architecture, stored: Map
     if named:
         return str(named[0])
     if architecture.base and any(name.startswith(architecture.base) for name in stored):
-        raise InvalidModel(f"{path / 'config.json'}: no class under 'architectures', and the tensors are of a model with a task head; name its class")
+        raise InvalidModel(
+            f"{path / 'config.json'}: no class under 'architectures', and the tensors "
+            "are of a model with a task head; name its class"
+        )
     return architecture.base_class
 
 
@@ -153,7 +155,9 @@ def _stored_tensors(path: Path) -> dict[str, Any]:
         return _unpickled(path / PICKLES[0])
     if (path / PICKLES[1]).is_file():
         index = _json(path / PICKLES[1]).get("weight_map", {})
-        return {name: t for shard in sorted(set(index.values())) for name, t in _unpickled(_inside(path, shard)).items()}
+        return {
+            name: t for shard in sorted(set(index.values())) for name, t in _unpickled(_inside(path, shard)).items()
+        }
     raise InvalidModel(f"{path}: no weights; expected {SINGLE} or {INDEX}")
 
 
@@ -196,8 +200,8 @@ def _unpickled(path: Path) -> dict[str, Any]:
         raise InvalidModel(f"{path}: the shard is missing; fetch it again") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, TypeError) as error:
         raise UnsupportedModel(
-            f"{path}: torch cannot read this pickle as plain weights ({str(error).splitlines()[0][:120]}), and growkit never "
-            "unpickles code; convert it to safetensors"
+            f"{path}: torch cannot read this pickle as plain weights ({str(error).splitlines()[0][:120]}), and growkit "
+            "never unpickles code; convert it to safetensors"
         ) from None
 
 
@@ -262,21 +266,25 @@ def _fitted_graph(
     missing = [name for name in wanted if name not in shapes]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise InvalidModel(f"{where}: the tensor {missing[0]}{more} is missing, which {class_name} with this config has")
+        raise InvalidModel(
+            f"{where}: the tensor {missing[0]}{more} is missing, which {class_name} with this config has"
+        )
     tied = {tensor.name for tensor in graph.tensors(tied=True)} - set(wanted)
     unknown = [n for n in shapes if n not in wanted and n not in tied and not architecture.is_ignored_tensor(n)]
     if unknown:
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise UnsupportedModel(
-            f"{where}: the tensor {unknown[0]} {list(shapes[unknown[0]][0])}{more} is not understood for {class_name}; add it, "
-            f"or list it as ignored, in {architecture.architecture}.yaml"
+            f"{where}: the tensor {unknown[0]} {list(shapes[unknown[0]][0])}{more} is not understood for "
+            f"{class_name}; add it, or list it as ignored, in {architecture.architecture}.yaml"
         )
     for name, tensor in wanted.items():
         _refuse_mismatch(graph, tensor, shapes[name][0], architecture)
     dtypes = {tensor.key: shapes[name][1] for name, tensor in wanted.items()}
     odd = next((name for name, t in wanted.items() if shapes[name][1].kind not in "fV"), None)
     if odd is not None:
-        raise UnsupportedModel(f"{where}: {odd} is stored as {shapes[odd][1]}; expected a floating-point type; dequantise it first")
+        raise UnsupportedModel(
+            f"{where}: {odd} is stored as {shapes[odd][1]}; expected a floating-point type; dequantise it first"
+        )
     graph = graph.with_dtypes(lambda key: str(dtypes.get(key, next(iter(dtypes.values())))))
     return graph, list(wanted)
 
@@ -285,12 +293,13 @@ def _refuse_broken_ties(graph: LayerGraph, stored: Mapping[str, Any], path: Path
     """A file may hold a tied tensor twice; then both must be the same."""
     for tensor in graph.tensors(tied=True):
         tied_to = tensor.parameter.tied_to
-        if tied_to in stored and tensor.name in stored:
-            if not np.array_equal(stored[tensor.name].load(), stored[tied_to].load()):
-                raise InvalidModel(
-                    f"{path}: {tensor.name} and {tied_to} are tied by the config, and differ; set tie_word_embeddings to "
-                    "false, or remove the wrong one"
-                )
+        if tied_to is None or not {tied_to, tensor.name} <= stored.keys():
+            continue
+        if not np.array_equal(stored[tensor.name].load(), stored[tied_to].load()):
+            raise InvalidModel(
+                f"{path}: {tensor.name} and {tied_to} are tied by the config, and differ; set tie_word_embeddings to "
+                "false, or remove the wrong one"
+            )
 
 
 def _candidates(
@@ -317,10 +326,10 @@ def _refuse_mismatch(graph: LayerGraph, tensor: Tensor, shape: tuple[int, ...], 
                 written = tensor.parameter.parsed.axes[axis]
                 names = ", ".join(f"{s} {graph.sizes[s]}" for s in dict.fromkeys(spaces_of(written)))
                 raise InvalidModel(
-                    f"{tensor.name}: '{written}' is {axis_size(written, graph.sizes)} by the config ({names or 'fixed'}), "
-                    f"the tensor has {got} on axis {axis}; fix the config, or the layout in {file}"
+                    f"{tensor.name}: '{written}' is {axis_size(written, graph.sizes)} by the config "
+                    f"({names or 'fixed'}), the tensor has {got} on axis {axis}; fix the config, or the layout in {file}"
                 )
     raise InvalidModel(
-        f"{tensor.name}: expected shape {list(tensor.shape)} ({tensor.parameter.layout}), got {list(shape)}; fix the config, "
-        f"or the layout in {file}"
+        f"{tensor.name}: expected shape {list(tensor.shape)} ({tensor.parameter.layout}), got {list(shape)}; fix the "
+        f"config, or the layout in {file}"
     )

@@ -93,7 +93,9 @@ def _stored(path: Path, name: str, entry: Mapping[str, Any], base: int, size: in
     except (KeyError, TypeError, ValueError):
         raise InvalidModel(f"{path}: the header's entry of {name} is malformed") from None
     if kind not in DTYPES:
-        raise UnsupportedModel(f"{path}: {name} is stored as {kind}; expected float64, float32, float16 or bfloat16; dequantise it first")
+        raise UnsupportedModel(
+            f"{path}: {name} is stored as {kind}; expected float64, float32, float16 or bfloat16; dequantise it first"
+        )
     dtype = np.dtype(DTYPES[kind])
     if not counts or stop - start != prod(shape) * dtype.itemsize:
         raise InvalidModel(f"{path}: {name} has shape {list(shape)} as {kind}, which is not its {stop - start} bytes")

@@ -26,8 +26,8 @@ SHARD_BYTES = 5_000_000_000
 """The size past which a file of weights is split, in bytes: the Hub's own limit."""
 
 NOT_CARRIED = (
-    "config.json", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.h5", "*.msgpack", "*.pt",
-    "*.pth", "*.ckpt", "*.gguf", "*.onnx", "*.onnx_data", "*.mlmodel", "*.tflite", "*.ot", RECIPE, ".git", ".cache",
+    "config.json", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.h5", "*.msgpack",
+    "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.onnx", "*.onnx_data", "*.mlmodel", "*.tflite", "*.ot", RECIPE, ".git", ".cache",
 )  # fmt: skip
 """What a directory's copy leaves out: weights of the source's size, in any format, and version control."""
 
@@ -57,7 +57,7 @@ def write_directory(
         if like.path is not None:
             _carry_over(like.path, folder, model.graph)
         _write_json(folder / "config.json", dict(like.config) | {"architectures": [like.class_name]})
-        _write_weights(folder, model, progress)
+        _write_weights(folder, model, like, progress)
         if model.growth is not None:
             model.growth.operator.save(folder / OPERATOR)
             if model.growth.recipe is not None:
@@ -73,7 +73,9 @@ def _staged(destination: Path, needed: int) -> Iterator[Path]:
     try:
         free = shutil.disk_usage(destination.parent).free
         if free < needed:
-            raise GrowkitError(f"{destination.parent}: no space left: {needed:,} bytes needed, {free:,} free; nothing was written")
+            raise GrowkitError(
+                f"{destination.parent}: no space left: {needed:,} bytes needed, {free:,} free; nothing was written"
+            )
         folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".partial", dir=destination.parent))
     except OSError as error:
         raise GrowkitError(f"{destination.parent}: {error.strerror}; nothing was written") from None
@@ -113,15 +115,31 @@ def _write_json(path: Path, data: Any) -> None:
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
-def _write_weights(folder: Path, model: Model, progress: Callable[[int], None]) -> None:
+def _write_weights(folder: Path, model: Model, like: Origin, progress: Callable[[int], None]) -> None:
     shards = _shards(model.graph)
-    files = [SINGLE] if len(shards) == 1 else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    names = _names_in_file(model, like)
+    files = (
+        [SINGLE]
+        if len(shards) == 1
+        else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    )
     for name, shard in zip(files, shards, strict=True):
-        shapes = {t.name: (t.shape, dtype_of(t.parameter.dtype)) for t in shard}
+        shapes = {names[t.name]: (t.shape, dtype_of(t.parameter.dtype)) for t in shard}
         write_file(folder / name, shapes, (_plain(model.weights[t.name]) for t in shard), progress)
     if len(shards) > 1:
-        weight_map = {t.name: name for name, shard in zip(files, shards, strict=True) for t in shard}
+        weight_map = {names[t.name]: name for name, shard in zip(files, shards, strict=True) for t in shard}
         _write_json(folder / INDEX, {"metadata": {"total_size": model.bytes}, "weight_map": weight_map})
+
+
+def _names_in_file(model: Model, like: Origin) -> dict[str, str]:
+    """The name in a file of each tensor: as the source directory has it; a module's by the architecture's own names.
+
+    transformers renames modules between versions, and keeps the names in files.
+    """
+    if like.module is None:
+        return {t.name: t.name for t in model.graph.tensors()}
+    own = {(t.key, t.layer): t.name for t in like.architecture.graph(like.config, like.class_name).tensors(tied=True)}
+    return {t.name: own[t.key, t.layer] for t in model.graph.tensors()}
 
 
 def _plain(array: Array) -> np.ndarray:
@@ -141,7 +159,7 @@ def _shards(graph: LayerGraph) -> list[list[Tensor]]:
     return shards
 
 
-# --- what stands beside the weights ------------------------------------------------------------------------------------
+# --- what stands beside the weights --------------------------------------------------------------------------------
 
 COMPANIONS = {"*_Pooling/config.json": {"word_embedding_dimension": "hidden"}}
 """Files beside the model that repeat a size: sentence-transformers' pooling."""
@@ -151,7 +169,12 @@ def _carry_over(source: Path, folder: Path, graph: LayerGraph) -> None:
     """Copy every file but weights; sizes that companions repeat follow the growth."""
 
     def left_out(directory: str, names: list[str]) -> set[str]:
-        return {name for name in names if any(fnmatch(name, pattern) for pattern in NOT_CARRIED) and (name != "config.json" or Path(directory) == source)}
+        return {
+            name
+            for name in names
+            if any(fnmatch(name, pattern) for pattern in NOT_CARRIED)
+            and (name != "config.json" or Path(directory) == source)
+        }
 
     shutil.copytree(source, folder, ignore=left_out, dirs_exist_ok=True)
     for pattern, keys in COMPANIONS.items():
@@ -170,9 +193,9 @@ def _describe(card: Path, model: Model) -> None:
         "",
         "## Grown with growkit",
         "",
-        f"This model was grown out of a smaller trained one. It has {model.graph.parameter_count:,} parameters ({sizes}). "
-        f"`{RECIPE}` says how it was grown, `{OPERATOR}` holds the growth operator. What is said above of sizes and results "
-        "was said of the smaller model.",
+        f"This model was grown out of a smaller trained one. It has {model.graph.parameter_count:,} parameters "
+        f"({sizes}). `{RECIPE}` says how it was grown, `{OPERATOR}` holds the growth operator. What is said above of "
+        "sizes and results was said of the smaller model.",
         "",
     ]
     if recipe is not None:

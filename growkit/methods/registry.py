@@ -62,7 +62,13 @@ class SpaceGrowth:
     @property
     def bases(self) -> tuple[str, ...]:
         """The bases the space is used in: q, k and v for ``head_dim``."""
-        used = (b for _, layer in self.graph.walk() for p in layer.parameters if self.space in p.parsed.spaces for b in p.bases)
+        used = (
+            b
+            for _, layer in self.graph.walk()
+            for p in layer.parameters
+            if self.space in p.parsed.spaces
+            for b in p.bases
+        )
         return tuple(dict.fromkeys(used))
 
 
@@ -95,7 +101,8 @@ class Depth:
     def writers_blend(self, depth: int) -> np.ndarray:
         """``w``, ``(L2, L1)``, of the slots that write into the stream: the rows of silent layers are zero."""
         silent = np.asarray(self.silent or (False,) * len(self.sources))
-        return self.blend(depth) * ~silent[:, None]
+        awake: np.ndarray = self.blend(depth) * ~silent[:, None]
+        return awake
 
 
 WidthBuilder = Callable[[SpaceGrowth], Mapping[str, Expansion]]

@@ -61,7 +61,7 @@ def _nothing(growth: SpaceGrowth) -> Mapping[str, Expansion]:
 NET2NET = register(
     Method(
         name="net2net",
-        summary="copy units, share out what reads them (function-preserving initialisation, FPI), with a little paired noise",
+        summary="copy units and share out what reads them (FPI), with a little paired noise",
         exact_when="every grown norm sees equal numbers of copies: whole ratios; head_dim without rotary positions",
         paper="Chen et al., Net2Net, ICLR 2016, https://arxiv.org/abs/1511.05641; Chen et al., bert2BERT, ACL 2022, "
         "https://arxiv.org/abs/2110.07143",

@@ -7,13 +7,14 @@ A config key that is neither handled nor listed as ignored is refused, and so is
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from pydantic import Field, ValidationError
@@ -35,7 +36,13 @@ from growkit_specs.layer_graph import (
 
 Config = Mapping[str, Any]
 
-_EXPRESSION = re.compile(r"(?P<left>\w+)(?: (?P<operator>[*/]) (?P<right>\w+))?")
+_EXPRESSION = re.compile(r"(?P<left>\w+)(?: (?P<operator>[*+]|//?) (?P<right>\w+))?")
+_OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {
+    "*": operator.mul,
+    "/": operator.truediv,
+    "//": operator.floordiv,
+    "+": operator.add,
+}
 
 
 class SpaceRule(Spec):
@@ -45,7 +52,7 @@ class SpaceRule(Spec):
         kind: See :class:`~growkit_specs.layer_graph.Space`.
         size: An expression over config keys and spaces: ``head_dim or hidden / heads``. The first alternative that
             is present and not null holds.
-        follows: The expression that a target's size must satisfy, where the config cannot say anything else.
+        follows: The expression that a target's size must satisfy, where the source's does.
     """
 
     kind: SpaceKind
@@ -61,12 +68,14 @@ class ParameterRule(Spec):
         layout: Its line of the axis notation.
         when: The config key, or ``not KEY``, that must be true for the parameter to exist.
         tied_to: The name of the parameter it is tied to where the config ties embeddings.
+        optional: Whether a source that lacks it means its tie, whatever the config says.
     """
 
     name: str
     layout: LayoutText
     when: str | None = None
     tied_to: str | None = None
+    optional: bool = False
 
 
 class ClassRule(Spec):
@@ -77,11 +86,22 @@ class ClassRule(Spec):
 
 
 class LayerRule(Spec):
-    """A layer of an architecture file; string attributes that start with ``$`` are looked up in the config."""
+    """A layer of an architecture file.
+
+    Attributes:
+        kind: What it computes.
+        through: The norm layer it reads its input through.
+        optional: Whether it exists only with its tensors, because no config key tells.
+        argument: The argument of the class's constructor that says whether an optional layer exists.
+        when: The config key, or ``not KEY``, that must be true for the layer to exist.
+        parameters: Its tensors, by slot.
+        attributes: Facts of the computation; strings that start with ``$`` are expressions over config keys.
+    """
 
     kind: LayerKind
     through: str | None = None
     optional: bool = False
+    argument: str | None = None
     when: str | None = None
     parameters: dict[str, ParameterRule] = Field(default_factory=dict)
     attributes: dict[str, Scalar] = Field(default_factory=dict)
@@ -104,6 +124,7 @@ class ConfigRules(Spec):
         supported: For keys whose other values would compute something else, the values that are understood.
         per_layer: Keys that hold one entry per layer, resized with the depth.
         thresholds: Keys that hold a layer number below which (exclusive) layers differ from those above.
+        derived: Keys that the framework derives from the depth; left out where the depth changes.
         divisible: Pairs of sizes of which the first must be a multiple of the second, because the framework insists.
         ignored: Keys that do not matter to growth, as patterns.
     """
@@ -113,6 +134,7 @@ class ConfigRules(Spec):
     supported: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
     per_layer: tuple[str, ...] = ()
     thresholds: tuple[str, ...] = ()
+    derived: tuple[str, ...] = ()
     divisible: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
 
@@ -171,7 +193,7 @@ class Architecture(Spec):
             UnsupportedModel: Naming the keys, and where to add them.
         """
         rules = self.config
-        known = {*rules.defaults, *rules.supported, *rules.per_layer, *rules.thresholds}
+        known = {*rules.defaults, *rules.grown, *rules.supported, *rules.per_layer, *rules.thresholds, *rules.derived}
         ignored = (*COMMON_IGNORED, *rules.ignored)
         unknown = [k for k in config if k not in known and not any(fnmatch(k, pattern) for pattern in ignored)]
         if unknown:
@@ -199,8 +221,10 @@ class Architecture(Spec):
         sizes: dict[str, int] = {}
         for name, rule in self.spaces.items():
             size = self._evaluate(rule.size, {**self._present(config), **sizes})
-            if size is None or size != int(size) or size < 1:
-                raise InvalidModel(f"config.json: {name} = {rule.size} is {size}, expected a whole number of at least 1")
+            if not isinstance(size, (int, float)) or size != int(size) or size < 1:
+                raise InvalidModel(
+                    f"config.json: {name} = {rule.size} is {size}, expected a whole number of at least 1"
+                )
             sizes[name] = int(size)
         return sizes
 
@@ -245,7 +269,9 @@ class Architecture(Spec):
         )
         layers = [*stem, *(layer for stack in stacks for layer in stack.layers), *head_layers]
         used = {space for layer in layers for parameter in layer.parameters for space in parameter.parsed.spaces}
-        used |= {name for name, rule in self.spaces.items() if rule.kind == "fixed" and name in self.config.grown.values()}
+        used |= {
+            name for name, rule in self.spaces.items() if rule.kind == "fixed" and name in self.config.grown.values()
+        }
         norms = {layer.name for layer in (*stem, *head_layers) if layer.kind == "norm"}
         return LayerGraph(
             architecture=self.architecture,
@@ -264,7 +290,11 @@ class Architecture(Spec):
             attributes={
                 **build.resolve(self.attributes),
                 "class": class_name,
-                **{f"follows:{name}": rule.follows for name, rule in self.spaces.items() if rule.follows and name in used},
+                **{
+                    f"follows:{name}": rule.follows
+                    for name, rule in self.spaces.items()
+                    if rule.follows and name in used and self._evaluate(rule.follows, sizes) == sizes[name]
+                },
             },
         )
 
@@ -305,32 +335,37 @@ class Architecture(Spec):
         values = {key: value for key, value in values.items() if value is not None}  # sizes this class does not have
         grown.update({key: value for key, value in values.items() if config.get(key) is not None})
         if self._unsaid(grown, known):  # keys the source left to their defaults, written only where they must be
-            grown.update({key: value for key, value in values.items() if key not in config or config[key] is None})
+            defaulted = [key for key in values if key in rules.defaults and config.get(key) is None]
+            grown.update({key: values[key] for key in defaulted})
         if unsaid := self._unsaid(grown, known):
             name, (got, wanted) = next(iter(unsaid.items()))
             raise InvalidTarget(
-                f"{name}={wanted} cannot be said in a config of architecture '{self.architecture}', where {name} would be "
-                f"{got} ({self.spaces[name].size if name in self.spaces else name})"
+                f"{name}={wanted} cannot be said in a config of architecture '{self.architecture}', where {name} would "
+                f"be {got} ({self.spaces[name].size if name in self.spaces else name})"
             )
         for name, unit in rules.divisible:
             size, step = (_whole(self._evaluate(expression, known)) for expression in (name, unit))
             if size % step:
                 low = size - size % step
                 raise InvalidTarget(
-                    f"{name}={size} is not a multiple of {unit} = {step}, which architecture '{self.architecture}' insists "
-                    f"on; nearest {name}: {low} or {low + step}"
+                    f"{name}={size} is not a multiple of {unit} = {step}, which architecture '{self.architecture}' "
+                    f"insists on; nearest {name}: {low} or {low + step}"
                 )
         layer_map = next(iter(layer_maps.values()))
         depth = max(layer_map, default=-1) + 1
         for key in rules.per_layer:
             if isinstance(config.get(key), (list, tuple)):
                 if len(config[key]) < depth:
-                    raise InvalidModel(f"config.json: {key} has {len(config[key])} entries, expected one for each layer")
+                    raise InvalidModel(
+                        f"config.json: {key} has {len(config[key])} entries, expected one for each layer"
+                    )
                 grown[key] = [config[key][source] for source in layer_map]
         for key in rules.thresholds:
             if config.get(key) is not None:
                 below = sum(source < config[key] for source in layer_map)
                 grown[key] = below if below < len(layer_map) else max(config[key], below)
+        if len(layer_map) != depth:
+            grown = {key: value for key, value in grown.items() if key not in rules.derived}
         grown.update(epsilons)
         if untied:
             grown["tie_word_embeddings"] = False
@@ -367,12 +402,15 @@ class Architecture(Spec):
                 continue
             if match["operator"] is None:
                 return operands[0]
-            return operands[0] * operands[1] if match["operator"] == "*" else operands[0] / operands[1]
+            if not all(isinstance(operand, (int, float)) for operand in operands):
+                got = " and ".join(map(repr, operands))
+                raise UnsupportedModel(f"config.json: '{alternative.strip()}' is computed from {got}; expected numbers")
+            return _OPERATIONS[match["operator"]](*operands)
         return None
 
 
 def evaluate(expression: str, known: Mapping[str, Any]) -> Any:
-    """The value of ``a``, ``a * b`` or ``a / b`` over ``known`` names; None where one is missing.
+    """The value of ``a``, ``a * b``, ``a / b``, ``a // b`` or ``a + b`` over ``known``; None where one is missing.
 
     Example:
         >>> evaluate("hidden / heads", {"hidden": 8, "heads": 2})
@@ -401,6 +439,7 @@ class _Builder:
         self.base = base
         self.replacements = replacements
         self.has_tensor = has_tensor
+        self.known = architecture._present(config)
 
     def holds(self, when: str | None) -> bool:
         if when is None:
@@ -411,7 +450,7 @@ class _Builder:
     def resolve(self, attributes: Mapping[str, Scalar]) -> dict[str, Scalar]:
         def value(raw: Scalar) -> Scalar:
             if isinstance(raw, str) and raw.startswith("$"):
-                found: Scalar = self.architecture.value(self.config, raw[1:])
+                found: Scalar = self.architecture._evaluate(raw[1:], self.known)
                 return found
             return raw
 
@@ -449,12 +488,10 @@ class _Builder:
         tie = self.architecture.config.defaults.get("tie_word_embeddings") is not None and bool(
             self.architecture.value(self.config, "tie_word_embeddings")
         )
-        return Parameter(
-            name=self.name(prefix + rule.name),
-            slot=slot,
-            layout=rule.layout,
-            tied_to=self.name(rule.tied_to) if rule.tied_to is not None and tie else None,
-        )
+        name = self.name(prefix + rule.name)
+        tie = tie or (rule.optional and not self.has_tensor(name))
+        tied_to = self.name(rule.tied_to) if rule.tied_to is not None and tie else None
+        return Parameter(name=name, slot=slot, layout=rule.layout, tied_to=tied_to)
 
     def name(self, name: str) -> str:
         name = name.replace("{base}", self.base)
@@ -516,15 +553,73 @@ def architecture_for(model_type: str | None) -> Architecture:
 
 
 COMMON_IGNORED: tuple[str, ...] = (
-    "_name_or_path", "_commit_hash", "_attn_implementation*", "attn_implementation", "architectures", "auto_map", "model_type", "transformers_version",
-    "torch_dtype", "dtype", "use_cache", "id2label", "label2id", "num_labels", "problem_type", "finetuning_task",
-    "task_specific_params", "*dropout*", "*_drop", "*pdrop", "output_attentions", "output_hidden_states", "return_dict",
-    "initializer_*", "*_token_id", "gradient_checkpointing", "is_encoder_decoder", "chunk_size_feed_forward", "keys_to_ignore_at_inference",
-    "tokenizer_class", "prefix", "pruned_heads", "torchscript", "use_bfloat16", "tf_legacy_loss", "max_length", "min_length",
-    "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p",
-    "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
-    "bad_words_ids", "num_return_sequences", "output_scores", "return_dict_in_generate", "forced_bos_token_id",
-    "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens",
-    "begin_suppress_tokens", "unsloth_*", "transformers.js_config",
+    "_name_or_path",
+    "_commit_hash",
+    "_attn_implementation*",
+    "attn_implementation",
+    "architectures",
+    "auto_map",
+    "model_type",
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
+    "use_cache",
+    "id2label",
+    "label2id",
+    "num_labels",
+    "problem_type",
+    "finetuning_task",
+    "task_specific_params",
+    "*dropout*",
+    "*_drop",
+    "*pdrop",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "initializer_*",
+    "*_token_id",
+    "gradient_checkpointing",
+    "is_encoder_decoder",
+    "chunk_size_feed_forward",
+    "keys_to_ignore_at_inference",
+    "tokenizer_class",
+    "prefix",
+    "pruned_heads",
+    "torchscript",
+    "use_bfloat16",
+    "tf_legacy_loss",
+    "max_length",
+    "min_length",
+    "do_sample",
+    "early_stopping",
+    "num_beams",
+    "num_beam_groups",
+    "diversity_penalty",
+    "temperature",
+    "top_k",
+    "top_p",
+    "typical_p",
+    "repetition_penalty",
+    "length_penalty",
+    "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size",
+    "bad_words_ids",
+    "num_return_sequences",
+    "output_scores",
+    "return_dict_in_generate",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "remove_invalid_values",
+    "exponential_decay_length_penalty",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "unsloth_*",
+    "transformers.js_config",
+    "output_past",
+    "is_decoder",
+    "add_cross_attention",
+    "cross_attention_hidden_size",
+    "tie_encoder_decoder",
+    "tie_word_embeddings",
 )
 """Config keys of every model that do not matter to growth: training, generation and bookkeeping."""

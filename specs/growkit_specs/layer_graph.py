@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from growkit_specs.layout import Layout, parse_layout
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[1] = 1
 
 SpaceKind = Literal["residual", "pointwise", "scores", "linear", "fixed"]
 LayerKind = Literal["embedding", "norm", "attention", "mlp", "linear", "head", "pool"]
@@ -213,7 +213,9 @@ class LayerGraph(Spec):
                 if parameter.tied_to is not None and parameter.tied_to not in names:
                     raise ValueError(f"{parameter.name} is tied to '{parameter.tied_to}', which is not a parameter")
                 if (stack is not None) != ("{layer}" in parameter.name):
-                    raise ValueError(f"{parameter.name}: '{{layer}}' stands in the names of a stack's parameters, and only there")
+                    raise ValueError(
+                        f"{parameter.name}: '{{layer}}' stands in the names of a stack's parameters, and only there"
+                    )
             if layer.through is not None:
                 self.norm(layer.through, stack)
         for port in self.outputs:

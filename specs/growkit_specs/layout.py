@@ -182,7 +182,9 @@ _ROLES: dict[str, tuple[Role, Role]] = {
     "*": ("scale", "scale"),
     "+": ("shift", "shift"),
 }
-_TOKEN = re.compile(r"\s*(?:(?P<sign><-|->|\*|\+)|(?P<name>[A-Za-z_][A-Za-z0-9_]*)|(?P<number>[0-9]+)|(?P<bracket>[()]))")
+_TOKEN = re.compile(
+    r"\s*(?:(?P<sign><-|->|\*|\+)|(?P<name>[A-Za-z_][A-Za-z0-9_]*)|(?P<number>[0-9]+)|(?P<bracket>[()]))"
+)
 
 
 @lru_cache(maxsize=4096)
@@ -216,7 +218,9 @@ class _Parser:
         while text[position:].strip():
             match = _TOKEN.match(text, position)
             if match is None:
-                raise self.error("unexpected character", position + len(text[position:]) - len(text[position:].lstrip()))
+                raise self.error(
+                    "unexpected character", position + len(text[position:]) - len(text[position:].lstrip())
+                )
             kind = str(match.lastgroup)
             self.tokens.append((kind, match[kind], match.start(kind)))
             position = match.end()
@@ -229,7 +233,10 @@ class _Parser:
         self.index = 0
 
     def error(self, what: str, position: int) -> LayoutError:
-        return LayoutError(f"{what} at character {position + 1} of the layout '{self.text}':  {self.text[:position]} >>> {self.text[position:]}")
+        return LayoutError(
+            f"{what} at character {position + 1} of the layout '{self.text}': "
+            f"{self.text[:position]} >>> {self.text[position:]}"
+        )
 
     @property
     def kind(self) -> str:

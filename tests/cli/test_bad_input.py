@@ -19,7 +19,9 @@ INDEX = "model.safetensors.index.json"
 
 
 def _fingerprint(path: Path) -> dict[str, str]:
-    return {str(p.relative_to(path)): sha256(p.read_bytes()).hexdigest() for p in sorted(path.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(path)): sha256(p.read_bytes()).hexdigest() for p in sorted(path.rglob("*")) if p.is_file()
+    }
 
 
 def _edit_config(**changes: object) -> Callable[[Path], None]:
@@ -74,6 +76,14 @@ def _wider(tensors: dict[str, np.ndarray]) -> None:
     tensors["model.layers.1.mlp.up_proj.weight"] = np.zeros((40, 32), np.float32)
 
 
+def _odd(tensors: dict[str, np.ndarray]) -> None:
+    tensors["odd"] = np.zeros(3, np.float32)
+
+
+def _quantise(tensors: dict[str, np.ndarray]) -> None:
+    tensors["model.norm.weight"] = np.ones(24, np.int8)
+
+
 def _untie(tensors: dict[str, np.ndarray]) -> None:
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
 
@@ -88,9 +98,9 @@ BROKEN_MODELS = {
     "index names a ghost": (_shard({"ghost": "one.safetensors"}), "ghost should be in one.safetensors"),
     "shard outside": (_shard({"model.norm.weight": "../one.safetensors"}), "not a file of the model's directory"),
     "config disagrees": (_edit_config(intermediate_size=44), "'ffn' is 44 by the config (ffn 44), the tensor has 40"),
-    "tensor disagrees": (_edit_weights(_wider), "'hidden' is 24 by the config (hidden 24), the tensor has 32 on axis 1"),
+    "tensor disagrees": (_edit_weights(_wider), "'hidden' is 24 by the config (hidden 24), the tensor has 32 on"),
     "tensor missing": (_edit_weights(lambda t: t.pop("model.norm.weight")), "the tensor model.norm.weight is missing"),
-    "tensor unknown": (_edit_weights(lambda t: t.update(odd=np.zeros(3, np.float32))), "the tensor odd [3] is not understood"),
+    "tensor unknown": (_edit_weights(_odd), "the tensor odd [3] is not understood"),
     "tie broken": (_edit_weights(_untie), "tied by the config, and differ"),
     "unknown architecture": (_edit_config(model_type="mamba"), "'mamba' is not known; known: "),
     "unknown class": (_edit_config(architectures=["LlamaForArt"]), "'LlamaForArt' is not known"),
@@ -99,7 +109,7 @@ BROKEN_MODELS = {
     "sizes that are not whole": (_edit_config(num_key_value_heads=3), "group"),
     "NaN": (_edit_weights(_nan), "model.layers.1.mlp.up_proj.weight: the entry [3, 5] is nan"),
     "pickle": (_pickled, "growkit never unpickles code"),
-    "quantised": (_edit_weights(lambda t: t.update({"model.norm.weight": np.ones(24, np.int8)})), "dequantise it first"),
+    "quantised": (_edit_weights(_quantise), "dequantise it first"),
 }  # fmt: skip
 
 
