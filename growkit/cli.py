@@ -196,7 +196,8 @@ def verify(
     """Run both models on the same inputs; exit status 1 where their outputs differ."""
     import growkit
 
-    report = growkit.verify(growkit.read(small), growkit.read(large), atol=atol, seed=seed, device=device)
+    with _console(stderr=True).status("running both models"):  # shown on a terminal only
+        report = growkit.verify(growkit.read(small), growkit.read(large), atol=atol, seed=seed, device=device)
     if as_json:
         print(json.dumps(report.to_json()))
     else:

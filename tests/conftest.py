@@ -51,3 +51,32 @@ def minilm_directory() -> Path:
 def smollm2_directory() -> Path:
     """SmolLM2-135M-Instruct, a Llama decoder in float32: a model directory to read, never to write."""
     return real_models.smollm2_directory()
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a small random Llama, a tokenizer's file and a model card; read only."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=40,
+        vocab_size=50,
+        max_position_embeddings=32,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    module = transformers.LlamaForCausalLM(config)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    path = tmp_path_factory.mktemp("models") / "llama"
+    module.save_pretrained(path)
+    (path / "tokenizer.json").write_text("{}")
+    (path / "README.md").write_text("---\nlicense: mit\n---\n# Tiny\n")
+    return path

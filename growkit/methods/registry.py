@@ -195,4 +195,7 @@ def chosen(text: str, *, widens: bool, deepens: bool) -> tuple[Method, Method]:
                 f"the method '{named[way]}' does not grow {way}; for {way}: {', '.join(others)}; combine them: "
                 f"--method {way}={others[0]},{other}={named[other]}"
             )
-    return method(named["width"]), method(named["depth"])
+    wide, deep = method(named["width"]), method(named["depth"])
+    if wide.reference != deep.reference:
+        raise InvalidTarget(f"'random' draws the whole model anew and combines with no other method; got '{text}'")
+    return wide, deep

@@ -1,10 +1,9 @@
-"""A small Llama directory, made once, and the command line called in this process."""
+"""The command line called in this process."""
 
 import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,32 +40,3 @@ def growkit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         return Result(int(exit_.value.code or 0), captured.out, captured.err)
 
     return call
-
-
-@pytest.fixture(scope="session")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a small random Llama, a tokenizer's file and a model card; read only."""
-    import torch
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=40,
-        vocab_size=50,
-        max_position_embeddings=32,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    module = transformers.LlamaForCausalLM(config)
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    path = tmp_path_factory.mktemp("models") / "llama"
-    module.save_pretrained(path)
-    (path / "tokenizer.json").write_text("{}")
-    (path / "README.md").write_text("---\nlicense: mit\n---\n# Tiny\n")
-    return path
