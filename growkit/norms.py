@@ -44,14 +44,17 @@ def grown_layer_scale(expansion: Expansion, scale: Array, fill: float | None) ->
     folded with the source's layer scale and divided by the grown one.
     """
     pattern = expansion.write.pattern or expansion.seen.pattern
-    return expansion.write.apply(scale) if pattern is None else _picked(pattern, scale, fill)
+    if pattern is None:
+        return expansion.write.apply(scale)
+    typical = namespace(scale).mean(abs(scale))  # never near zero, where the writer's rows are divided by it
+    return _picked(pattern, scale, typical + (typical == 0) if fill is None else fill)
 
 
-def _picked(pattern: Matrix, scale: Array, fill: float | None) -> Array:
+def _picked(pattern: Matrix, scale: Array, fill: Array | float | None) -> Array:
     xp = namespace(scale)
-    free = 0 * scale + (xp.mean(scale) if fill is None else fill)
+    picked = pattern.apply(scale)
     used = xp.asarray(pattern.support, device=scale.device)
-    return xp.where(used, pattern.apply(scale), xp.mean(free))
+    return xp.where(used, picked, xp.zeros_like(picked) + (xp.mean(scale) if fill is None else fill))
 
 
 def mean_square(norm: str, x: np.ndarray) -> np.ndarray:

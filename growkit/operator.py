@@ -97,7 +97,7 @@ class Fresh:
         """The standard deviation of a tensor's fresh entries, given its trained ones."""
         if self.reference == "init":
             return self.init_std * self.scale
-        return namespace(trained).std(trained) * self.scale
+        return namespace(trained).std(trained, correction=0) * self.scale
 
     def draw(self, name: str, like: Array, shape: Sequence[int]) -> Array:
         """Standard normal entries for the tensor ``name``, in the namespace and dtype of ``like``."""
@@ -139,7 +139,8 @@ class GrowthOperator:
             An array of ``target.shape``, in the source's namespace and dtype.
         """
         W = self.blended(target, source)
-        return self.widened(target, W, source) + self.residual_of(target, W)
+        widened, Z = self.widened(target, W, source), self.residual_of(target, W)
+        return widened if Z is None else widened + Z
 
     def blended(self, target: Tensor, source: Source) -> Array:
         """``sum_j w[t,j] W_j``: the depth blend of the target's slot."""
@@ -158,11 +159,11 @@ class GrowthOperator:
         for axis, role in enumerate(layout.roles):
             W = self._scaled(target, W) if role == "scale" else self.axis_matrix(target, axis).apply(W, axis)
         if self._needs_fold(target):  # the writer's rows were folded with the layer scale; divide the grown one out
-            W = W / self._layer_scale(target, source).reshape(-1, *(1,) * (W.ndim - 1))
+            W = W / _along(self._layer_scale(target, source), self._write_axis(target), W)
         return W
 
-    def residual_of(self, target: Tensor, W: Array) -> Array:
-        """``Z``: fresh entries where the function does not see them, from ``W`` for their scale.
+    def residual_of(self, target: Tensor, W: Array) -> Array | None:
+        """``Z``: fresh entries where the function does not see them, in the scale of ``W``; None where there are none.
 
         New rows that nobody reads are drawn freely; the entries of readers are drawn in the null space of what they
         see: ``Z = N - N C A^T``, so that ``Z C = 0``.
@@ -171,24 +172,22 @@ class GrowthOperator:
             return self.residual[target.name]
         layout = target.parameter.parsed
         if not layout.reads:
-            return 0
+            return None
         null = [a for a, role in enumerate(layout.roles) if role == "read" and self._reads_fresh(layout.axes[a])]
         free = np.full(target.shape, self.fresh.reference == "init")
         for a, role in enumerate(layout.roles):
             unused = self._unused(target, a, ("write", "both") if role == "write" else ("both",))
-            free |= unused.reshape(-1, *(1,) * (len(target.shape) - a - 1))
+            free |= _along(unused, a, free)
         if not null and not free.any():
-            return 0
+            return None
         xp = namespace(W)
         N = self.fresh.draw(target.name, W, target.shape) * self.fresh.std(W)
-        hidden = 0 * N
-        if null:
-            hidden = N
-            for a in null:
-                A, C = self.axis_matrix(target, a), self.axis_matrix(target, a, "seen")
-                hidden = _quieted(hidden, A, a)
-                hidden = hidden - A.apply(C.mT.apply(hidden, a), a)
-        return xp.where(xp.asarray(free, device=W.device), N, hidden) if free.any() else hidden
+        unseen = N if null else 0 * N
+        for a in null:
+            A, C = self.axis_matrix(target, a), self.axis_matrix(target, a, "seen")
+            unseen = _quieted(unseen, A, a)
+            unseen = unseen - A.apply(C.mT.apply(unseen, a), a)
+        return xp.where(xp.asarray(free, device=W.device), N, unseen) if free.any() else unseen
 
     # --- the matrices of a tensor ----------------------------------------------------------------------------------
 
@@ -281,10 +280,9 @@ class GrowthOperator:
 
     def _needs_fold(self, target: Tensor) -> bool:
         """Whether a layer scale multiplies what this tensor writes, by a matrix that mixes channels."""
-        if target.owner.parameter("layer_scale") is None or target.parameter.module == "layer_scale":
-            return False
         scale = target.owner.parameter("layer_scale")
-        assert scale is not None
+        if scale is None or scale is target.parameter:
+            return False
         (space,) = scale.parsed.spaces
         return space in target.parameter.parsed.written_spaces() and self.expansions[space].write.pattern is None
 
@@ -292,16 +290,17 @@ class GrowthOperator:
         W = source(target.key, layer)
         if not self._needs_fold(target):
             return W
-        scale = source(self._layer_scale_key(target), layer)
-        return W * scale.reshape(-1, *(1,) * (W.ndim - 1))
+        scale = source(f"{target.stack or ''}/{target.owner.name}/layer_scale", layer)
+        return W * _along(scale, self._write_axis(target), W)
 
-    def _layer_scale_key(self, target: Tensor) -> str:
-        return f"{target.stack or ''}/{target.owner.name}/layer_scale"
+    def _write_axis(self, target: Tensor) -> int:
+        return target.parameter.parsed.roles.index("write")
 
     def _layer_scale(self, target: Tensor, source: Source) -> Array:
         scale = target.owner.parameter("layer_scale")
         assert scale is not None
-        return self.grow(replace(target, parameter=scale, name=scale.name, shape=target.shape[:1]), source)
+        shape = (target.shape[self._write_axis(target)],)
+        return self.grow(replace(target, parameter=scale, name=scale.name, shape=shape), source)
 
     # --- saving ----------------------------------------------------------------------------------------------------
 
@@ -372,6 +371,11 @@ class GrowthOperator:
             )
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise GrowkitError(f"{path}: not a growth operator that growkit saved ({error})") from None
+
+
+def _along(vector: Array, axis: int, like: Array) -> Array:
+    """``vector`` shaped to be broadcast along ``axis`` of ``like``."""
+    return vector.reshape(-1, *(1,) * (like.ndim - axis - 1))
 
 
 def _times(factor: Any, W: Array) -> Array:
