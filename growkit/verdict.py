@@ -80,6 +80,7 @@ class _Examination:
             target = expansion.write.shape[0]
             change = f"{space} {size} to {target}" if target != size else space
             yield from self.norms(space, expansion, change)
+            yield from self.rounding(space, expansion)
             if space == "head_dim":
                 yield self.scores(size, target)
             elif self.graph.kinds[space] in ("pointwise", "scores"):
@@ -135,6 +136,14 @@ class _Examination:
                     else f"{key} serves norms that grow apart"
                 )
                 yield Reason(f"epsilon over {space}", len(ratios) == 1, detail)
+
+    def rounding(self, space: str, e: Expansion) -> Iterator[Reason]:
+        """Half types keep the function up to the rounding of what was scaled or averaged."""
+        halves = {p.dtype for _, layer in self.graph.walk() for p in layer.parameters} & {"float16", "bfloat16"}
+        moved = e.write.is_gather and np.log2(e.gain).is_integer()
+        if halves and not moved and self.norms_over(space):
+            what = f"norm scales times {1 / e.gain:.6g}" + ("" if e.write.is_gather else " and the writers' new rows")
+            yield Reason(f"rounding over {space}", True, f"{what} are rounded to {', '.join(sorted(halves))}")
 
     def pointwise(self, space: str, e: Expansion, change: str) -> Reason:
         """E2, E3, E6, E7: behind a nonlinearity, what is read must be a whole copy of a source unit."""

@@ -119,3 +119,13 @@ def test_people_get_tables(growkit: Growkit, llama: Path) -> None:
     assert "lossless" in growkit("methods").out
     assert "COMMAND" in growkit().out
     assert growkit("--version").out.strip()
+
+
+def test_half_types_are_told_what_is_rounded(growkit: Growkit, llama: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    growkit("grow", llama, half, "--to", "layers=3", "--dtype", "bfloat16")
+    for target, rounded in (("hidden=36", True), ("hidden=96", False), ("layers=4", False)):  # sqrt(4) is exact
+        told = growkit("plan", half, "--to", target, "--json").json
+        assert told["preserving"] is True
+        assert any("rounded to bfloat16" in reason["detail"] for reason in told["reasons"]) is rounded
+    assert growkit("grow", half, tmp_path / "out", "--to", "hidden=36", "--check").status == 0
