@@ -108,6 +108,19 @@ def _norms_in_float64(module: Any) -> None:
             norm.forward = partial(forward, norm)
 
 
+@contextmanager
+def _by_default(dtype: Any) -> Iterator[None]:
+    """What a model makes without naming a type: transformers 4.5x puts the least float64 into masks of torch's default."""
+    import torch
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def _device(name: str) -> str:
     import torch
 
@@ -153,8 +166,9 @@ class ModuleForward:
         given = {name: torch.as_tensor(value, device=self.device) for name, value in inputs.items()}
         given = {name: t.to(dtype) if t.is_floating_point() else t for name, t in given.items()}
         if weights is not None:
-            outputs = torch.func.functional_call(self.module, dict(weights), (), given)
+            with _by_default(dtype):
+                outputs = torch.func.functional_call(self.module, dict(weights), (), given)
             return {name: value for name, value in outputs.items() if torch.is_tensor(value)}
-        with torch.no_grad():
+        with torch.no_grad(), _by_default(dtype):
             outputs = self.module(**given)
         return {name: as_numpy(value) for name, value in outputs.items() if torch.is_tensor(value)}

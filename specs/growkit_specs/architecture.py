@@ -149,7 +149,6 @@ class Architecture(Spec):
         base: The prefix of the base model's names inside a model with a task head.
         classes: For each model class, the head layers it has.
         spaces: The spaces, in an order in which each only refers to config keys and earlier spaces.
-        sizes: Sizes a target may name that are no space of their own (``heads`` under grouped queries).
         config: The config keys.
         naming: Further naming schemes, each a table of replacements in the names (another version's module names).
         ignored_tensors: Patterns of tensors that are derived, such as position numbers; they are not carried over.
@@ -567,6 +566,7 @@ COMMON_IGNORED: tuple[str, ...] = (
     "id2label",
     "label2id",
     "num_labels",
+    "_num_labels",
     "problem_type",
     "finetuning_task",
     "task_specific_params",
@@ -578,6 +578,7 @@ COMMON_IGNORED: tuple[str, ...] = (
     "return_dict",
     "initializer_*",
     "*_token_id",
+    "eos_token_ids",
     "gradient_checkpointing",
     "is_encoder_decoder",
     "chunk_size_feed_forward",

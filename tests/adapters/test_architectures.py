@@ -1,0 +1,461 @@
+"""Every architecture file and every class it lists: read, planned, grown, written, loaded by transformers, the same."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import growkit
+from growkit_specs import Architecture, InvalidTarget, LayerGraph, UnsupportedModel
+from growkit_specs.architecture import architectures
+from tests.adapters.tiny_models import TINY, directory, tiny
+
+FILES = list(architectures())
+CLASSES = [(name, class_name) for name, file in architectures().items() for class_name in file.classes]
+POST_NORM = ("bert", "distilbert", "roberta")  # no depth and no broken ratio keeps the function
+UNCHANGED_BY = {"rtol": 1e-5, "atol": 1e-5}
+
+every_file = pytest.mark.parametrize("name", FILES)
+every_class = pytest.mark.parametrize(("name", "class_name"), CLASSES, ids=[class_name for _, class_name in CLASSES])
+
+
+def exact_growth(name: str) -> dict[str, int]:
+    """The sizes that keep the function: any ratio and depth before pre-norm, whole ratios after post-norm."""
+    return {"hidden": 48} if name in POST_NORM else {"hidden": 36, "layers": 4}
+
+
+def written(model: growkit.Model, path: Path, **sizes: int) -> growkit.Model:
+    """`model` grown to `sizes`, written at `path` and read back."""
+    growkit.write(growkit.grow(model, **sizes), path)
+    return growkit.read(path)
+
+
+def config_of(path: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((path / "config.json").read_text())
+    return config
+
+
+def edit_config(path: Path, **changes: Any) -> None:
+    (path / "config.json").write_text(json.dumps({**config_of(path), **changes}))
+
+
+def rename_tensors(path: Path, renamed: Mapping[str, str]) -> None:
+    state = load_file(path / "model.safetensors")
+    state = {renamed.get(name, name): tensor for name, tensor in state.items()}
+    save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def by_slot(path: Path) -> dict[tuple[str, int | None], np.ndarray]:
+    """The tensors of a directory by slot and layer, whatever their names are."""
+    model = growkit.read(path)
+    return {(t.key, t.layer): np.array(model.weights[t.name]) for t in model.graph.tensors()}
+
+
+def assert_same_tensors(a: dict[Any, np.ndarray], b: dict[Any, np.ndarray]) -> None:
+    assert a.keys() == b.keys()
+    assert all(np.array_equal(a[slot], b[slot]) for slot in a)
+
+
+def plain_inputs(module: Any) -> dict[str, torch.Tensor]:
+    """Two images, or two sequences of which one is padded."""
+    draw, config = torch.Generator().manual_seed(1), module.config
+    if module.main_input_name == "pixel_values":
+        return {"pixel_values": torch.randn(2, config.num_channels, 12, 12, generator=draw, dtype=torch.float64)}
+    ids = torch.randint(2, config.vocab_size, (2, 12), generator=draw)
+    mask = torch.ones_like(ids)
+    mask[1, 9:] = 0
+    types = {"token_type_ids": ids % 2} if hasattr(config, "type_vocab_size") else {}
+    return {"input_ids": ids, "attention_mask": mask, **types}
+
+
+def outputs(module: Any, **inputs: torch.Tensor) -> dict[str, np.ndarray]:
+    """What transformers itself computes, in float64."""
+    with torch.no_grad():
+        found = module.double()(**inputs)
+    return {name: value.numpy() for name, value in found.items() if torch.is_tensor(value)}
+
+
+def assert_computes_the_same(source: Any, target: Any, grown: growkit.Model, **inputs: torch.Tensor) -> None:
+    """Both modules give the same; an output that lives in a grown space is read back first."""
+    inputs = inputs or plain_inputs(source)
+    before, after = outputs(source, **inputs), outputs(target, **inputs)
+    assert before.keys() == after.keys()
+    assert grown.growth is not None
+    ports = {port.name: port for port in grown.graph.outputs}
+    for name, expected in before.items():
+        got = after[name]
+        if got.shape != expected.shape:
+            port = ports[name]
+            got = grown.growth.operator.read_matrix(str(port.space), port.through).apply(got, got.ndim - 1)
+        np.testing.assert_allclose(got, expected, err_msg=name, **UNCHANGED_BY)
+
+
+# --- every file, every class ---------------------------------------------------------------------------------------
+
+
+def test_every_file_has_a_tiny_model() -> None:
+    assert set(TINY) == set(FILES), "a file under architectures/ needs its config in tests/adapters/tiny_models.py"
+
+
+@every_class
+def test_transformers_has_the_class(name: str, class_name: str) -> None:
+    cls = getattr(transformers, class_name)
+    assert issubclass(cls, transformers.PreTrainedModel)
+    assert cls.config_class.model_type in architectures()[name].model_types
+
+
+@every_class
+def test_nothing_changes_where_nothing_grows(name: str, class_name: str, tmp_path: Path) -> None:
+    module = tiny(name, class_name)
+    path, out = directory(tmp_path, module), tmp_path / "grown"
+    source = growkit.read(path)
+    assert growkit.plan(source).preserving
+
+    grown = written(source, out)
+
+    assert config_of(out) == config_of(path)
+    loaded = type(module).from_pretrained(out).state_dict()
+    assert loaded.keys() == module.state_dict().keys()
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in module.state_dict().items())
+    assert growkit.verify(source, grown).max_abs_diff == 0
+
+
+@every_class
+def test_a_directory_grows_exactly(name: str, class_name: str, tmp_path: Path) -> None:
+    module = tiny(name, class_name)
+    path, out = directory(tmp_path, module), tmp_path / "grown"
+    source = growkit.read(path)
+    sizes = exact_growth(name)
+    assert growkit.plan(source, **sizes).preserving
+
+    grown = written(source, out, **sizes)
+
+    assert growkit.verify(source, grown).preserved
+    loaded = type(module).from_pretrained(out)
+    assert loaded.config.hidden_size == sizes["hidden"]
+    assert loaded.config.num_hidden_layers == sizes.get("layers", 2)
+    assert_computes_the_same(module, loaded, grown)
+
+
+@every_class
+def test_a_module_grows_exactly(name: str, class_name: str) -> None:
+    module = tiny(name, class_name)
+    before = {key: tensor.clone() for key, tensor in module.state_dict().items()}
+    config = module.config.to_dict()
+
+    grown = growkit.grow(growkit.read(module), **exact_growth(name))
+    larger = grown.to_torch()
+
+    assert type(larger) is type(module)
+    assert larger.config.hidden_size == exact_growth(name)["hidden"]
+    assert module.config.to_dict() == config
+    assert all(torch.equal(before[key], tensor) for key, tensor in module.state_dict().items())
+    assert_computes_the_same(module, larger, grown)
+
+
+@pytest.mark.parametrize(("name", "class_name"), [case for case in CLASSES if case[0] in POST_NORM])
+@pytest.mark.parametrize(
+    ("sizes", "because"), [({"hidden": 48, "layers": 4}, "identity blocks"), ({"hidden": 36}, "LayerNorm over hidden")]
+)
+def test_post_norm_is_told_inexact_and_grows(
+    name: str, class_name: str, sizes: dict[str, int], because: str, tmp_path: Path
+) -> None:
+    source = growkit.read(tiny(name, class_name))
+    plan = growkit.plan(source, **sizes)
+    assert not plan.preserving
+    assert any(because in reason.condition for reason in plan.verdict.broken)
+
+    grown = written(source, tmp_path / "grown", **sizes)
+
+    assert not growkit.verify(source, grown).preserved
+    assert getattr(transformers, class_name).from_pretrained(tmp_path / "grown").config.hidden_size == sizes["hidden"]
+
+
+@every_file
+def test_a_config_that_omits_a_key_means_the_default(name: str) -> None:
+    file = architectures()[name]
+    config = getattr(transformers, file.base_class).config_class()
+    named = {key: value for key, value in file.config.defaults.items() if value is not None}
+    assert {key: getattr(config, key) for key in named if hasattr(config, key)} == {
+        key: value for key, value in named.items() if hasattr(config, key)
+    }
+    assert file.sizes({}) == file.sizes(config.to_dict())
+    for key, values in file.config.supported.items():
+        assert getattr(config, key, values[0]) in values
+
+
+@pytest.mark.parametrize(
+    ("name", "class_name", "config", "parameters"),
+    [
+        ("bert", "BertModel", {}, 109_482_240),  # bert-base-uncased
+        ("deit", "DeiTForImageClassificationWithTeacher", {"num_labels": 1000}, 87_338_192),  # base, distilled
+        ("dinov2", "Dinov2Model", {"image_size": 518}, 86_580_480),  # base
+        ("distilbert", "DistilBertModel", {}, 66_362_880),  # base, uncased
+        ("gpt2", "GPT2LMHeadModel", {}, 124_439_808),
+        ("llama", "LlamaForCausalLM", {}, 6_738_415_616),  # Llama 2 7B
+        ("mistral", "MistralForCausalLM", {}, 7_241_732_096),  # 7B
+        ("qwen2", "Qwen2ForCausalLM",
+         {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+          "num_key_value_heads": 2, "tie_word_embeddings": True}, 494_032_768),  # Qwen2.5 0.5B
+        ("qwen3", "Qwen3ForCausalLM",
+         {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
+          "num_key_value_heads": 8, "tie_word_embeddings": True}, 596_049_920),  # 0.6B
+        ("roberta", "RobertaModel", {"max_position_embeddings": 514, "type_vocab_size": 1}, 124_645_632),  # base
+        ("vit", "ViTForImageClassification", {"num_labels": 1000}, 86_567_656),  # base, patches of 16
+    ],
+)  # fmt: skip
+def test_published_models_have_their_published_size(
+    name: str, class_name: str, config: dict[str, Any], parameters: int
+) -> None:
+    graph = architectures()[name].graph(config, class_name, has_tensor=lambda tensor: "mask_token" not in tensor)
+    assert graph.parameter_count == parameters
+
+
+@every_file
+def test_an_unknown_config_key_is_refused(name: str, tmp_path: Path) -> None:
+    path = directory(tmp_path, tiny(name))
+    edit_config(path, warp_factor=9)
+    with pytest.raises(UnsupportedModel, match=f"'warp_factor' is not understood .*{name}.yaml"):
+        growkit.read(path)
+
+
+@every_file
+def test_an_unknown_tensor_is_refused(name: str, tmp_path: Path) -> None:
+    path = directory(tmp_path, tiny(name))
+    state = load_file(path / "model.safetensors")
+    save_file({**state, "adapter.weight": torch.ones(3)}, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedModel, match=rf"adapter\.weight \[3\] is not understood .*{name}.yaml"):
+        growkit.read(path)
+
+
+# --- names ---------------------------------------------------------------------------------------------------------
+
+
+def names_under(file: Architecture, config: Mapping[str, Any], class_name: str, **scheme: Any) -> dict[Any, str]:
+    graph: LayerGraph = file.graph(config, class_name, **scheme)
+    return {(t.key, t.layer): t.name for t in graph.tensors(tied=True)}
+
+
+SCHEMES = [(name, i) for name, file in architectures().items() for i in range(len(file.naming) + 1)]
+
+
+@pytest.mark.parametrize(("name", "naming"), SCHEMES)
+def test_every_naming_scheme_reads(name: str, naming: int, tmp_path: Path) -> None:
+    file = architectures()[name]
+    for class_name in file.classes:
+        path = directory(tmp_path, tiny(name, class_name), class_name)
+        expected = by_slot(path)
+        names = names_under(file, config_of(path), class_name)
+        others = names_under(file, config_of(path), class_name, naming=naming)
+        rename_tensors(path, {names[slot]: others[slot] for slot in names})
+        assert_same_tensors(by_slot(path), expected)
+
+
+@pytest.mark.parametrize(("name", "class_name"), CLASSES)
+def test_a_checkpoint_reads_with_and_without_the_base_prefix(name: str, class_name: str, tmp_path: Path) -> None:
+    file = architectures()[name]
+    path = directory(tmp_path, tiny(name, class_name))
+    expected = by_slot(path)
+    names = names_under(file, config_of(path), class_name)
+    others = names_under(file, config_of(path), class_name, base="" if file.base_of(class_name) else file.base)
+    rename_tensors(path, {names[slot]: others[slot] for slot in names})
+    assert_same_tensors(by_slot(path), expected)
+
+
+def test_a_module_is_written_under_the_names_of_files(tmp_path: Path) -> None:
+    """transformers 5 renamed ViT's modules and kept the names in files, which every version reads."""
+    module = tiny("vit", "ViTForImageClassification")
+    path, out = directory(tmp_path, module), tmp_path / "grown"
+    growkit.write(growkit.read(module), out)
+    assert load_file(out / "model.safetensors").keys() == load_file(path / "model.safetensors").keys()
+
+
+def test_the_causal_masks_of_old_gpt2_checkpoints_are_left_behind(tmp_path: Path) -> None:
+    path, out = directory(tmp_path, tiny("gpt2", "GPT2LMHeadModel")), tmp_path / "grown"
+    state = load_file(path / "model.safetensors")
+    masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 20, 20, dtype=torch.uint8) for i in range(2)}
+    masks |= {f"h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(2)}
+    stripped = {key.removeprefix("transformer."): tensor for key, tensor in state.items()}
+    save_file({**stripped, **masks}, path / "model.safetensors", metadata={"format": "pt"})
+    edit_config(path, n_ctx=20)
+
+    grown = written(growkit.read(path), out, hidden=36, positions=30)
+
+    assert growkit.verify(growkit.read(path), grown).preserved
+    assert load_file(out / "model.safetensors").keys() == stripped.keys()
+    assert config_of(out)["n_ctx"] == config_of(out)["n_positions"] == 30
+
+
+# --- configs follow the growth ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name, file in architectures().items() if file.config.per_layer])
+def test_lists_with_an_entry_per_layer_follow_the_depth(name: str, tmp_path: Path) -> None:
+    path, out = directory(tmp_path, tiny(name)), tmp_path / "grown"
+    written(growkit.read(path), out, layers=5)
+    assert config_of(path)["layer_types"] == ["full_attention", "sliding_attention"]
+    assert config_of(out)["layer_types"] == ["full_attention"] * 3 + ["sliding_attention"] * 2
+    assert config_of(out)["max_window_layers"] == 3
+
+
+def test_windows_that_a_threshold_says_follow_the_depth(tmp_path: Path) -> None:
+    path, out = directory(tmp_path, tiny("qwen2")), tmp_path / "grown"
+    (path / "config.json").write_text(json.dumps({k: v for k, v in config_of(path).items() if k != "layer_types"}))
+    source = growkit.read(path)
+    assert growkit.verify(source, written(source, out, layers=4)).preserved
+    loaded = transformers.AutoModel.from_pretrained(out)
+    assert loaded.config.layer_types == ["full_attention"] * 2 + ["sliding_attention"] * 2
+
+
+TIED = [("bert", "BertForMaskedLM"), ("roberta", "RobertaForMaskedLM"), ("distilbert", "DistilBertForMaskedLM")]
+TIED += [("gpt2", "GPT2LMHeadModel"), ("llama", "LlamaForCausalLM"), ("mistral", "MistralForCausalLM")]
+TIED += [("qwen2", "Qwen2ForCausalLM"), ("qwen3", "Qwen3ForCausalLM")]
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize(("name", "class_name"), TIED)
+def test_a_tie_stays_as_it_is(name: str, class_name: str, tie: bool, tmp_path: Path) -> None:
+    module = tiny(name, class_name, tie_word_embeddings=tie)
+    path, out = directory(tmp_path, module), tmp_path / "grown"
+    source = growkit.read(path)
+
+    grown = written(source, out, **exact_growth(name))
+
+    assert growkit.verify(source, grown).preserved
+    loaded = type(module).from_pretrained(out)
+    assert (loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight) is tie
+    assert_computes_the_same(module, loaded, grown)
+
+
+def test_norms_that_share_an_epsilon_with_others_keep_it(tmp_path: Path) -> None:
+    """Qwen3's norms over the heads do not grow with hidden; those of Qwen2 are all over hidden."""
+    for name, epsilon in (("qwen3", 1e-6), ("qwen2", 1e-6 * 24 / 36)):
+        path = directory(tmp_path, tiny(name), name)
+        written(growkit.read(path), tmp_path / f"{name}-grown", hidden=36)
+        assert config_of(tmp_path / f"{name}-grown")["rms_norm_eps"] == pytest.approx(epsilon, rel=1e-9)
+
+
+@pytest.mark.parametrize(("name", "head_dim"), [("mistral", 6), ("qwen2", 6), ("qwen3", 8)])
+def test_heads_out_of_ratio_need_a_head_dim_of_their_own(name: str, head_dim: int, tmp_path: Path) -> None:
+    module = tiny(name)
+    source, out = growkit.read(directory(tmp_path, module)), tmp_path / "grown"
+    grown = written(source, out, hidden=36, heads=8)
+    assert config_of(out)["head_dim"] == head_dim
+    assert_computes_the_same(module, type(module).from_pretrained(out), grown)
+
+
+def test_gpt2_says_its_ffn_only_where_it_must(tmp_path: Path) -> None:
+    source = growkit.read(directory(tmp_path, tiny("gpt2")))
+    written(source, tmp_path / "ratio", hidden=36)
+    written(source, tmp_path / "own", ffn=120)
+    assert config_of(tmp_path / "ratio")["n_inner"] is None
+    assert config_of(tmp_path / "own")["n_inner"] == 120
+
+
+@pytest.mark.parametrize(("size", "grown_size"), [(None, 36), (10, 10)])
+def test_a_pooler_follows_hidden_unless_it_has_a_size_of_its_own(
+    size: int | None, grown_size: int, tmp_path: Path
+) -> None:
+    source = growkit.read(directory(tmp_path, tiny("vit", pooler_output_size=size)))
+    grown = written(source, tmp_path / "grown", hidden=36)
+    assert config_of(tmp_path / "grown")["pooler_output_size"] == grown_size
+    assert growkit.verify(source, grown).preserved
+
+
+def test_names_of_stages_follow_the_depth_of_dinov2(tmp_path: Path) -> None:
+    source = growkit.read(directory(tmp_path, tiny("dinov2", out_features=["stage1"])))
+    written(source, tmp_path / "wider", hidden=36)
+    written(source, tmp_path / "deeper", layers=4)
+    assert config_of(tmp_path / "wider")["out_features"] == ["stage1"]
+    assert not {"stage_names", "out_features", "out_indices"} & config_of(tmp_path / "deeper").keys()
+    loaded = transformers.AutoModel.from_pretrained(tmp_path / "deeper")
+    assert loaded.config.stage_names == ["stem", "stage1", "stage2", "stage3", "stage4"]
+
+
+# --- parts that not every model has ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "class_name", "config"),
+    [
+        ("vit", "ViTForImageClassification", {"qkv_bias": False}),
+        ("vit", "ViTForImageClassification", {"image_size": 14}),  # a rest of two pixels that no patch covers
+        ("dinov2", "Dinov2ForImageClassification", {"qkv_bias": False, "use_mask_token": False}),
+        ("llama", "LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
+        ("qwen3", "Qwen3ForCausalLM", {"attention_bias": True}),
+        ("llama", "LlamaForSequenceClassification", {"pad_token_id": None}),
+        ("gpt2", "GPT2ForSequenceClassification", {"pad_token_id": None}),
+        ("distilbert", "DistilBertForMaskedLM", {"sinusoidal_pos_embds": True}),
+        ("roberta", "RobertaForCausalLM", {"is_decoder": True}),
+    ],
+)
+def test_variants_grow_exactly(name: str, class_name: str, config: dict[str, Any], tmp_path: Path) -> None:
+    source = growkit.read(directory(tmp_path, tiny(name, class_name, **config)))
+    sizes = exact_growth(name)
+    assert growkit.plan(source, **sizes).preserving
+    assert growkit.verify(source, written(source, tmp_path / "grown", **sizes)).preserved
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {"add_pooling_layer": False}) for name in ("bert", "roberta", "vit", "deit")),
+        *((name, {"use_mask_token": True}) for name in ("vit", "deit")),
+    ],
+)
+def test_parts_that_only_the_constructor_knows_of(name: str, options: dict[str, bool]) -> None:
+    module = tiny(name, options=options)
+    grown = growkit.grow(growkit.read(module), **exact_growth(name))
+    larger = grown.to_torch()
+    assert len(larger.state_dict().keys() - module.state_dict().keys()) == 16 * (larger.config.num_hidden_layers - 2)
+    assert_computes_the_same(module, larger, grown)
+
+
+@pytest.mark.parametrize("class_name", ["ViTForMaskedImageModeling", "DeiTForMaskedImageModeling"])
+def test_masked_patches_are_reconstructed_the_same(class_name: str) -> None:
+    name = class_name[:4].removesuffix("F").lower()
+    module = tiny(name, class_name)
+    grown = growkit.grow(growkit.read(module), **exact_growth(name))
+    masked = torch.tensor([[True, False, True] * 3, [False] * 9])
+    assert_computes_the_same(module, grown.to_torch(), grown, **plain_inputs(module), bool_masked_pos=masked)
+
+
+@pytest.mark.parametrize("pad", [0, 1, 3])
+def test_positions_of_roberta_start_after_the_padding_token(pad: int) -> None:
+    source = growkit.read(tiny("roberta", "RobertaForMaskedLM", pad_token_id=pad))
+    assert source.graph.attributes["reserved_positions"] == pad + 1
+    assert growkit.verify(source, growkit.grow(source, hidden=48, positions=30)).preserved
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights is False; .* supports True"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx is True; .* supports False"),
+        ("dinov2", {"use_swiglu_ffn": True}, "use_swiglu_ffn is True; .* supports False"),
+        ("vit", {"image_size": [12, 12]}, r"'image_size // patch_size' is computed from \[12, 12\] and 4"),
+    ],
+)
+def test_configs_that_compute_something_else_are_refused(name: str, config: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnsupportedModel, match=message):
+        growkit.read(tiny(name, **config))
+
+
+@pytest.mark.parametrize("name", ["vit", "deit", "dinov2"])
+def test_positions_of_an_image_do_not_grow(name: str) -> None:
+    with pytest.raises(InvalidTarget, match="no size 'positions'; its sizes are hidden, heads, head_dim, ffn, layers"):
+        growkit.plan(growkit.read(tiny(name)), positions=20)
+
+
+def test_ffn_of_dinov2_is_a_multiple_of_hidden() -> None:
+    with pytest.raises(InvalidTarget, match="ffn=60 is not a multiple of hidden = 24, .* nearest ffn: 48 or 72"):
+        growkit.plan(growkit.read(tiny("dinov2")), ffn=60)
