@@ -202,7 +202,8 @@ class _Gathering(Matrix):
 
     @property
     def support(self) -> np.ndarray:
-        chosen: np.ndarray = self.selection.counts > 0
+        chosen = np.zeros(self.selection.columns, dtype=bool)
+        chosen[self.selection.index[self.selection.support]] = True
         return chosen
 
 
@@ -220,6 +221,16 @@ def _weighted(x: Array, weight: np.ndarray | None, axis: int) -> Array:
         return x
     factors = namespace(x).asarray(weight, dtype=x.dtype, device=x.device)
     return x * factors.reshape(-1, *(1,) * (x.ndim - axis - 1))
+
+
+def _cast(x: Array, dtype: Any) -> Array:
+    """``x`` in another element type; gradients flow through, which torch's ``asarray`` does not promise."""
+    return x.to(dtype) if hasattr(x, "to") else x.astype(dtype)
+
+
+def _on_host(x: Array) -> Array:
+    """``x`` as numpy can read it: in the host's memory, and without a gradient."""
+    return x.detach().cpu() if hasattr(x, "detach") else x
 
 
 def pad(rows: int, columns: int) -> Matrix:
@@ -302,8 +313,8 @@ class Dense(Matrix):
 
     def apply(self, x: Array, axis: int = 0) -> Array:
         xp = namespace(x)
-        matrix = self.array if namespace(self.array) is xp else xp.asarray(self.array, device=x.device)
-        matrix = matrix if matrix.dtype == x.dtype else xp.asarray(matrix, dtype=x.dtype)
+        matrix = self.array if namespace(self.array) is xp else xp.asarray(_on_host(self.array), device=x.device)
+        matrix = matrix if matrix.dtype == x.dtype else _cast(matrix, x.dtype)
         rest = xp.moveaxis(x, axis, 0)
         product = matrix @ rest.reshape(self.shape[1], -1)
         return xp.moveaxis(product.reshape(self.shape[0], *rest.shape[1:]), 0, axis)
@@ -314,7 +325,7 @@ class Dense(Matrix):
 
     @property
     def support(self) -> np.ndarray:
-        rows: np.ndarray = np.asarray(namespace(self.array).any(self.array != 0, axis=1))
+        rows: np.ndarray = np.asarray(_on_host(namespace(self.array).any(self.array != 0, axis=1)))
         return rows
 
 
@@ -477,7 +488,7 @@ def to_state(matrix: Matrix, arrays: dict[str, np.ndarray], prefix: str) -> Stat
         case MeanFill(rows, columns):
             state |= {"rows": rows, "columns": columns}
         case Dense(array):
-            state |= {"array": keep("array", array.detach().cpu() if hasattr(array, "detach") else array)}
+            state |= {"array": keep("array", _on_host(array))}
         case Scaled(inner, factor):
             state |= {"matrix": to_state(inner, arrays, f"{prefix}.matrix"), "factor": factor}
         case Kronecker(parts) | Concatenation(parts):

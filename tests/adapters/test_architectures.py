@@ -96,7 +96,7 @@ def assert_computes_the_same(source: Any, target: Any, grown: growkit.Model, **i
         np.testing.assert_allclose(got, expected, err_msg=name, **UNCHANGED_BY)
 
 
-# --- every file, every class ---------------------------------------------------------------------------------------
+# --- every file, every class -----------------------------------------------------------------------------------------
 
 
 def test_every_file_has_a_tiny_model() -> None:
@@ -234,7 +234,7 @@ def test_an_unknown_tensor_is_refused(name: str, tmp_path: Path) -> None:
         growkit.read(path)
 
 
-# --- names ---------------------------------------------------------------------------------------------------------
+# --- names -----------------------------------------------------------------------------------------------------------
 
 
 def names_under(file: Architecture, config: Mapping[str, Any], class_name: str, **scheme: Any) -> dict[Any, str]:
@@ -433,7 +433,7 @@ def test_positions_of_roberta_start_after_the_padding_token(pad: int) -> None:
     assert growkit.verify(source, growkit.grow(source, hidden=48, positions=30)).preserved
 
 
-# --- what is refused ---------------------------------------------------------------------------------------------------
+# --- what is refused -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -457,5 +457,5 @@ def test_positions_of_an_image_do_not_grow(name: str) -> None:
 
 
 def test_ffn_of_dinov2_is_a_multiple_of_hidden() -> None:
-    with pytest.raises(InvalidTarget, match="ffn=60 is not a multiple of hidden = 24, .* nearest ffn: 48 or 72"):
+    with pytest.raises(InvalidTarget, match=r"ffn=60 is not a multiple of hidden = 24, .* nearest ffn: 48 or 72"):
         growkit.plan(growkit.read(tiny("dinov2")), ffn=60)

@@ -34,9 +34,7 @@ LAYERS = {
 }
 # The public test harness is the one module that needs a test library.
 EXTRA = {"growkit/testing.py": {"hypothesis", "pytest"}}
-FILES = [
-    path.relative_to(ROOT).as_posix() for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))
-]
+FILES = [path.relative_to(ROOT).as_posix() for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
 
 
 def imported_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
@@ -47,9 +45,7 @@ def imported_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             yield node.lineno, node.module
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-            called = (
-                node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
-            )
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
             if called in {"import_module", "__import__", "find_spec"} and isinstance(node.args[0].value, str):
                 yield node.lineno, node.args[0].value
 
@@ -57,9 +53,7 @@ def imported_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
 @pytest.mark.parametrize("file", FILES)
 def test_imports_point_down(file: str) -> None:
     layer = next(layer for layer in LAYERS if file.startswith(f"{layer}/"))
-    allowed = (
-        LAYERS[layer] | EXTRA.get(file, set()) | {layer.rpartition("/")[2]} | set(sys.stdlib_module_names)
-    )
+    allowed = LAYERS[layer] | EXTRA.get(file, set()) | {layer.rpartition("/")[2]} | set(sys.stdlib_module_names)
     wrong = [
         f"{file}:{line} imports {name}; {layer} may import {', '.join(sorted(LAYERS[layer]))}"
         for line, name in imported_names(ast.parse((ROOT / file).read_text()))

@@ -66,9 +66,7 @@ def test_the_architecture_files_ship(wheel: set[str]) -> None:
 
 
 def test_no_tests_ship(wheel: set[str]) -> None:
-    assert not [
-        name for name in wheel if "tests/" in name or Path(name).name.startswith(("test_", "conftest"))
-    ]
+    assert not [name for name in wheel if "tests/" in name or Path(name).name.startswith(("test_", "conftest"))]
 
 
 def test_entry_points(archive: zipfile.ZipFile, wheel: set[str]) -> None:
