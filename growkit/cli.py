@@ -190,7 +190,7 @@ def verify(
     large: Annotated[str, typer.Argument(metavar="LARGE", help="The grown model.")],
     atol: Annotated[float | None, typer.Option("--atol", min=0, help="Largest absolute difference allowed.")] = None,
     device: Device = "auto",
-    seed: Seed = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="The seed of the inputs.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Run both models on the same inputs; exit status 1 where their outputs differ."""
@@ -337,7 +337,7 @@ def _show_plan(made: Plan) -> None:
     for reason in made.verdict.reasons:
         console.print(f"  {'yes' if reason.holds else 'NO '}  {reason.condition}: {reason.detail}", soft_wrap=True)
     for output in told["outputs"]:
-        console.print(f"  the output {output['name']} grows with {output['space']}, where the model has it")
+        console.print(f"  the output {output['name']} grows with {output['space']}")
     console.print()
 
 

@@ -7,7 +7,8 @@ A norm sees ``B x`` and gives ``gain * C norm(x)``, with its variance multiplied
     epsilon' = variance * epsilon
 
 Entries of the scale that nothing passes through yet are free; they take the mean of the trained ones, so that the new
-channels are read at the strength of the old ones from the first step. (OPERATORS E4, E4b, E5.)
+channels are read at the strength of the old ones from the first step. (E4, E4b and E5 of
+docs/explanation/exactness.md.)
 """
 
 from __future__ import annotations

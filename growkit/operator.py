@@ -6,7 +6,7 @@ For a slot ``k`` with out-space ``o`` and in-space ``i``, target layer ``t`` and
 
 Shape legend: lower case for source sizes, upper case for target sizes. ``B_Oo`` writes, ``A_Ii`` reads, ``w_Ll``
 blends layers, ``Z`` holds fresh entries. Width and depth commute, so the blend comes first: it is cheaper.
-(Wang et al., LiGO, ICLR 2023, section 3; write and read matrices apart as in DESIGN's template.)
+(Wang et al., LiGO, ICLR 2023, section 3; write and read matrices apart, which the paper ties.)
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from growkit.matrices import (
     scaled,
     to_state,
 )
-from growkit_specs import Axis, Concatenation, Fixed, GrowkitError, Leaf, Product, Tensor, UnsupportedModel
+from growkit_specs import Axis, Concatenation, Fixed, GrowkitError, InvalidTarget, Leaf, Product, Stack, Tensor
 from growkit_specs.layout import product, spaces_of
 
 Side = Literal["write", "read", "seen"]
@@ -68,7 +68,13 @@ class Expansion:
     @property
     def grows(self) -> bool:
         """Whether this is anything but the identity."""
-        return not (self.write.is_identity and self.read.is_identity)
+        maps = (self.write, self.read, self.seen)
+        return not (all(matrix.is_identity for matrix in maps) and self.gain == 1 and self.variance == 1)
+
+
+def norm_key(stack: Stack | str | None, name: str | None) -> str:
+    """The name of a norm that no other norm of the model has: its stack and its layer's name."""
+    return f"{getattr(stack, 'name', stack) or ''}/{name}"
 
 
 def unchanged(size: int) -> Expansion:
@@ -113,7 +119,7 @@ class GrowthOperator:
         expansions: By space (``hidden``), or by space and basis where they differ (``head_dim[q]``); also by a whole
             axis, ``(heads head_dim)[q]``, for matrices that mix its spaces.
         blend: ``w``, ``(L2, L1)``, by stack; and by a slot's key (``stack/layer/slot``) where it differs.
-        norm_factors: Factors on the output of norms, by layer name: what a tied head needs where ``B^T C`` is not 1.
+        norm_factors: Factors on the output of norms, by :func:`norm_key`: what a tied head needs where ``B^T C`` is not 1.
         untied: Names of parameters that the source ties and the target cannot.
         fresh: How fresh entries are drawn.
         residual: Explicit entries of ``Z``, by the target tensor's name; they replace the fresh ones.
@@ -148,6 +154,7 @@ class GrowthOperator:
             return self._folded(target, source, None)
         row = self.blend_of(target)[target.layer]
         layers = np.flatnonzero(row) if isinstance(row, np.ndarray) else range(len(row))
+        row = row.tolist() if isinstance(row, np.ndarray) else row  # Python's numbers leave the element type alone
         if len(layers) == 0:
             return 0 * source(target.key, 0)
         terms = [self._folded(target, source, int(j)) for j in layers]
@@ -159,7 +166,9 @@ class GrowthOperator:
         for axis, role in enumerate(layout.roles):
             W = self._scaled(target, W) if role == "scale" else self.axis_matrix(target, axis).apply(W, axis)
         if self._needs_fold(target):  # the writer's rows were folded with the layer scale; divide the grown one out
-            W = W / _along(self._layer_scale(target, source), self._write_axis(target), W)
+            scale = self._layer_scale(target, source)
+            # Where the scale is zero so is the folded row, and any row would do.
+            W = W / _along(scale + (scale == 0), self._write_axis(target), W)
         return W
 
     def residual_of(self, target: Tensor, W: Array) -> Array | None:
@@ -206,9 +215,9 @@ class GrowthOperator:
             chosen = "write"  # read without a norm: what is seen is what was written
         matrix = self.matrix(chosen, layout.axes[axis], target.parameter.bases)
         if role in ("scale", "shift"):
-            return scaled(matrix, self.norm_factors.get(target.owner.name, 1.0))
+            return scaled(matrix, self.norm_factors.get(norm_key(target.stack, target.owner.name), 1.0))
         if role == "read" and target.owner.through is not None and not self._is_tied(target):
-            factor = self.norm_factors.get(target.owner.through, 1.0)
+            factor = self.norm_factors.get(norm_key(target.stack, target.owner.through), 1.0)
             return scaled(matrix, 1 / factor if chosen == "read" else factor)
         return matrix
 
@@ -233,9 +242,7 @@ class GrowthOperator:
                 return block_diagonal(*(self._composed(product(*rest), (basis,), leaf) for basis in bases))
             case Product(factors):
                 if len(bases) > 1 and any(f"{f}[{b}]" in self.expansions for f in factors for b in bases):
-                    raise UnsupportedModel(
-                        f"the axis {axis} interleaves {', '.join(bases)}, which grow differently here"
-                    )
+                    raise InvalidTarget(f"the axis {axis} interleaves {', '.join(bases)}, which grow differently here")
                 return kronecker(*(self._composed(factor, bases, leaf) for factor in factors))
 
     def blend_of(self, target: Tensor) -> Any:
@@ -248,7 +255,7 @@ class GrowthOperator:
 
     def read_matrix(self, space: str, through: str | None = None) -> Matrix:
         """The matrix an output that lives in ``space`` is brought back with: ``A^T``, ``(d, D)``."""
-        return scaled(self.expansions[space].read, 1 / self.norm_factors.get(through or "", 1.0)).mT
+        return scaled(self.expansions[space].read, 1 / self.norm_factors.get(norm_key(None, through), 1.0)).mT
 
     # --- norms, layer scale, ties ----------------------------------------------------------------------------------
 
@@ -276,7 +283,8 @@ class GrowthOperator:
         fill = 1.0 if self.fresh.reference == "init" else None
         if target.parameter.module == "layer_scale":
             return norms.grown_layer_scale(self.expansions[space], W, fill)
-        return norms.grown_scale(self.expansions[space], W, fill, self.norm_factors.get(target.owner.name, 1.0))
+        factor = self.norm_factors.get(norm_key(target.stack, target.owner.name), 1.0)
+        return norms.grown_scale(self.expansions[space], W, fill, factor)
 
     def _needs_fold(self, target: Tensor) -> bool:
         """Whether a layer scale multiplies what this tensor writes, by a matrix that mixes channels."""
@@ -379,7 +387,7 @@ def _along(vector: Array, axis: int, like: Array) -> Array:
 
 
 def _times(factor: Any, W: Array) -> Array:
-    return W if isinstance(factor, np.floating) and factor == 1 else factor * W
+    return W if isinstance(factor, float) and factor == 1 else factor * W
 
 
 def _quieted(N: Array, A: Matrix, axis: int) -> Array:

@@ -15,7 +15,7 @@ import numpy as np
 from growkit.methods import SpaceGrowth, chosen
 from growkit.methods.registry import Method, norms_over
 from growkit.model import Model
-from growkit.operator import Expansion, Fresh, GrowthOperator, unchanged
+from growkit.operator import Expansion, Fresh, GrowthOperator, norm_key, unchanged
 from growkit.verdict import Verdict, tie_factor, variances, verdict, writer_keys
 from growkit_specs import InvalidTarget, LayerGraph, Recipe, Target, evaluate
 
@@ -142,8 +142,17 @@ def plan(
         fresh=fresh,
     )
     grown = target_graph(source, operator)
+    _refuse_unmappable(grown, operator)
     model.adapter.resized(model.origin, grown, operator)  # refuses sizes that the format cannot express
     return Plan(source, grown, operator, recipe)
+
+
+def _refuse_unmappable(grown: LayerGraph, operator: GrowthOperator) -> None:
+    """Refuse a target of which some axis has no matrix, before any weight is touched."""
+    for tensor in grown.tensors(tied=True):
+        if tensor.layer in (None, 0):
+            for axis in range(len(tensor.shape)):
+                operator.axis_matrix(tensor, axis)
 
 
 def target_graph(source: LayerGraph, operator: GrowthOperator) -> LayerGraph:
@@ -184,15 +193,26 @@ def _expansions(source: LayerGraph, sizes: Mapping[str, int], method: Method, se
 
 
 def _keeps_epsilon(source: LayerGraph, sizes: Mapping[str, int], space: str) -> bool:
-    """Whether norms over ``space`` share an epsilon key with norms over a space that grows in another ratio."""
-    keys = {layer.attributes.get("epsilon_key") for layer in norms_over(source, space)} - {None}
+    """Whether epsilon cannot follow: norms that share its config key see another variance, or it is no config key."""
+    keys = {layer.attributes.get("epsilon_key") for layer in norms_over(source, space)}
+    if None in keys:
+        return True
     sharing = {
         other
         for _, layer in source.walk()
         if layer.kind == "norm" and layer.attributes.get("epsilon_key") in keys
         for other in layer.parameters[0].parsed.spaces
     }
-    return len({Fraction(sizes[other], source.sizes[other]) for other in sharing}) > 1
+    return len({_variance_ratio(source, sizes, other) for other in sharing}) > 1
+
+
+def _variance_ratio(source: LayerGraph, sizes: Mapping[str, int], space: str) -> Fraction:
+    """What padding multiplies a norm's variance by; a LayerNorm whose output is written on is tiled, and keeps it."""
+    layers = norms_over(source, space)
+    stays = source.kinds[space] != "residual" or any(layer.is_post_norm for layer in layers)
+    if stays and any(layer.attributes.get("norm") == "layer" for layer in layers):
+        return Fraction(1)
+    return Fraction(source.sizes[space], sizes[space])
 
 
 def _blend(source: LayerGraph, depths: Mapping[str, int], method: Method) -> dict[str, np.ndarray]:
@@ -212,7 +232,7 @@ def _with_ties(source: LayerGraph, operator: GrowthOperator) -> GrowthOperator:
     """Tied heads: the factor their norm needs, or a tensor of their own where no factor would do."""
     factors: dict[str, float] = {}
     untied: list[str] = []
-    for _, layer in source.walk():
+    for stack, layer in source.walk():
         for parameter in layer.parameters:
             if parameter.tied_to is None or not parameter.parsed.reads:
                 continue
@@ -220,7 +240,7 @@ def _with_ties(source: LayerGraph, operator: GrowthOperator) -> GrowthOperator:
             if factor is None and operator.fresh.reference != "init":
                 untied.append(parameter.name)
             elif factor is not None and not np.isclose(factor, 1, rtol=1e-12):
-                factors[str(layer.through)] = factor
+                factors[norm_key(stack, layer.through)] = factor
     if untied:  # a config ties all or nothing
         untied = [p.name for _, layer in source.walk() for p in layer.parameters if p.tied_to is not None]
     return replace(operator, norm_factors={} if untied else factors, untied=tuple(untied))
@@ -300,7 +320,7 @@ class _Resolution:
         if smaller:
             name = smaller[0]
             raise InvalidTarget(
-                f"{name} would shrink from {self.old[name]} to {new[name]}; ask for larger heads or kv_heads"
+                f"{name} would shrink from {self.old[name]} to {new[name]}; ask for a larger hidden, heads or kv_heads"
             )
         if "kv_heads" in self.asked and new["group"] != self.old["group"] and "heads" not in self.asked:
             raise InvalidTarget("kv_heads does not divide heads as before; name heads too")
@@ -319,17 +339,8 @@ class _Resolution:
         if "head_dim" not in new:
             return
         asked = self.asked
-        tied = self.follows.get("head_dim") is not None  # head_dim = hidden / heads is not the config's to choose
-        if tied and "heads" in asked:
-            self.refuse_unless_whole("hidden", new["hidden"], new["heads"], f"heads={new['heads']}")
-            new["head_dim"] = new["hidden"] // new["heads"]
-            if asked.get("head_dim", new["head_dim"]) != new["head_dim"]:
-                raise InvalidTarget(
-                    f"head_dim={asked['head_dim']}: in this architecture head_dim = hidden / heads = {new['head_dim']}"
-                )
-        elif tied:
-            self.refuse_unless_whole("hidden", new["hidden"], new["head_dim"], f"head_dim {new['head_dim']}")
-            new["heads"] = new["hidden"] // new["head_dim"]
+        if self.follows.get("head_dim") is not None:  # head_dim = hidden / heads is not the config's to choose
+            self.share_hidden(new)
         elif "heads" not in asked:
             if "kv_heads" in asked:
                 new["heads"] = new["kv_heads"] * new["group"]
@@ -354,16 +365,38 @@ class _Resolution:
         elif heads % kv_heads == 0:
             new["group"] = heads // kv_heads
         else:
-            unit = kv_heads if "kv_heads" in self.asked else group
-            low, high = self.around(heads, Fraction(unit))
-            raise InvalidTarget(
-                f"heads={heads} is not a whole number of groups: {kv_heads} kv_heads; nearest heads: {low} or {high}"
-            )
+            if "heads" in self.asked:
+                low, high = self.around(heads, Fraction(kv_heads if "kv_heads" in self.asked else group))
+                near = f"nearest heads: {low} or {high}"
+            else:
+                low, high = self.around(new["hidden"], Fraction(new["head_dim"] * group))
+                near = f"nearest hidden: {low} or {high}"
+            raise InvalidTarget(f"heads={heads} is not a whole number of groups: {kv_heads} kv_heads; {near}")
 
-    def refuse_unless_whole(self, name: str, size: int, unit: int, why: str) -> None:
-        if size % unit:
-            low, high = self.around(size, Fraction(unit))
-            raise InvalidTarget(f"{name}={size} is not divisible by {why}; nearest {name}: {low} or {high}")
+    def share_hidden(self, new: dict[str, int]) -> None:
+        """Heads and head_dim where their product is hidden: what is named settles the rest."""
+        hidden, head_dim = new["hidden"], new["head_dim"]
+        if "heads" in self.asked or "kv_heads" in self.asked:
+            heads = self.asked.get("heads") or new["kv_heads"] * new["group"]
+            self.refuse_unless_shared(hidden, heads, least=heads * self.old["head_dim"], why=f"heads={heads}")
+            new["heads"], new["head_dim"] = heads, hidden // heads
+            if self.asked.get("head_dim", new["head_dim"]) != new["head_dim"]:
+                raise InvalidTarget(
+                    f"head_dim={head_dim}: in this architecture head_dim = hidden / heads = {new['head_dim']}"
+                )
+        else:
+            step, least = head_dim * self.old.get("group", 1), head_dim * self.old["heads"]
+            self.refuse_unless_shared(hidden, head_dim, least=least, why=f"head_dim {head_dim}", step=step)
+            new["heads"] = hidden // head_dim
+
+    def refuse_unless_shared(self, hidden: int, unit: int, *, least: int, why: str, step: int | None = None) -> None:
+        if hidden % unit == 0 and hidden >= least:
+            return
+        step = step or unit
+        low, high = self.around(hidden, Fraction(step))
+        low = max(low, -(-least // step) * step)
+        problem = "is not divisible by" if hidden % unit else "is too small for"
+        raise InvalidTarget(f"hidden={hidden} {problem} {why}; nearest hidden: {low} or {max(high, low + step)}")
 
     @property
     def hidden_step(self) -> Fraction:

@@ -1,20 +1,21 @@
 """The verdict: whether a growth keeps the function, and why or why not, told before any weight is touched.
 
 It is not a claim of the method. Each rule of exactness is tested on the operator's own matrices with random probes in
-float64, so it holds for every method, and for operators that were learned or loaded. (OPERATORS 3.0, E1 to E10.)
+float64, so it holds for every method, and for operators that were learned or loaded. E1 to E10 are
+the conditions of docs/explanation/exactness.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from growkit import norms
 from growkit.matrices import Matrix
-from growkit.operator import Expansion, GrowthOperator
-from growkit_specs import Layer, LayerGraph, Stack
+from growkit.operator import Expansion, GrowthOperator, norm_key
+from growkit_specs import Layer, LayerGraph, Stack, parse_layout
 
 _PROBES = 4
 _TOLERANCE = 1e-9
@@ -75,7 +76,10 @@ class _Examination:
     def reasons(self) -> Iterator[Reason]:
         for space, size in self.graph.sizes.items():
             expansion = self.operator.expansions[space]
-            if not expansion.grows or not self.is_used(space):
+            if not expansion.grows:
+                continue
+            yield from self.rotary_length(space, expansion)
+            if not self.is_used(space):
                 continue
             target = expansion.write.shape[0]
             change = f"{space} {size} to {target}" if target != size else space
@@ -90,6 +94,7 @@ class _Examination:
                 yield Reason(f"{space}: old entries stay", holds, f"{change}: the new entries come after the old ones")
             else:
                 yield self.readers(space, expansion, change)
+        yield from self.bases()
         yield from self.ties()
         for stack in self.graph.stacks:
             yield from self.depth(stack)
@@ -119,6 +124,7 @@ class _Examination:
             with np.errstate(all="ignore"):
                 holds = _close(norms.normalised(kind, grown), e.gain * e.seen.apply(norms.normalised(kind, x), 1))
                 holds &= _close(norms.mean_square(kind, grown), e.variance * norms.mean_square(kind, x))
+            holds &= e.seen.pattern is not None  # scale and shift are elementwise: channels are picked, never mixed
             if stays:  # the norm's output is written on
                 holds &= _close(e.seen.apply(x, 1), grown)
             where = "after the residual addition" if post else "before each branch" if not stays else "inside the head"
@@ -136,6 +142,41 @@ class _Examination:
                     else f"{key} serves norms that grow apart"
                 )
                 yield Reason(f"epsilon over {space}", len(ratios) == 1, detail)
+
+        fixed = [
+            layer.name for layer in layers if "epsilon_key" not in layer.attributes and layer.attributes.get("epsilon")
+        ]
+        if fixed and e.variance != 1:
+            yield Reason(
+                f"epsilon over {space}", False, f"{', '.join(fixed)}: epsilon is no config key and cannot follow"
+            )
+
+    def rotary_length(self, space: str, e: Expansion) -> Iterator[Reason]:
+        """Rotary frequencies that are computed from the number of positions (yarn, longrope) change with it."""
+        if space == "positions" and self.graph.attributes.get("rope_follows_positions"):
+            d, D = e.write.shape[1], e.write.shape[0]
+            yield Reason(
+                "positions: rotary", False, f"positions {d} to {D}: the rotary frequencies are computed from them"
+            )
+
+    def bases(self) -> Iterator[Reason]:
+        """E6, E7: queries, keys and values keep their heads together, in every basis and over a whole axis."""
+        for key, e in self.operator.expansions.items():
+            axis, bracket, basis = key.rstrip("]").partition("[")
+            if not bracket or axis == "head_dim":
+                continue
+            rest = {other: kept for other, kept in self.operator.expansions.items() if other != key}
+            composed = replace(self.operator, expansions=rest)
+            parsed = parse_layout(f"-> {axis}").writes[0]
+            x = self.probes(e.write.shape[1])
+            holds = all(
+                _close(getattr(e, side).apply(x, 1), composed.matrix(side, parsed, (basis,)).apply(x, 1))
+                for side in ("write", "read")
+            )
+            detail = (
+                "acts as its spaces do" if holds else "heads of one basis are moved or mixed, those of others are not"
+            )
+            yield Reason(f"{key}: heads", holds, detail)
 
     def rounding(self, space: str, e: Expansion) -> Iterator[Reason]:
         """Half types keep the function up to the rounding of what was scaled or averaged."""
@@ -164,7 +205,7 @@ class _Examination:
         """E6, E8: query-key products, and the scale the model divides them by."""
         rotary = any(layer.attributes.get("rope") for _, layer in self.graph.walk())
         normed = bool(self.norms_over("head_dim"))
-        if rotary or normed:
+        if d != D and (rotary or normed):
             why = "rotary frequencies depend on head_dim" if rotary else "the query-key norm sees other entries"
             return Reason("head_dim: attention scores", False, f"head_dim {d} to {D}: {why}")
         q, k = (self.operator.expansions.get(f"head_dim[{b}]", self.operator.expansions["head_dim"]) for b in "qk")
@@ -185,10 +226,12 @@ class _Examination:
         """E1: ``A^T C = 1`` through norms, ``A^T B = 1`` elsewhere."""
         x = self.probes(e.write.shape[1])
         direct = any(
-            space in p.parsed.read_spaces() and p.tied_to is None and layer.through is None
+            space in p.parsed.read_spaces()
+            and (p.tied_to is None or p.name in self.operator.untied)
+            and layer.through is None
             for _, layer in self.graph.walk()
             for p in layer.parameters
-        )
+        ) or any(port.space == space and port.through is None for port in self.graph.outputs)
         seen = [e.seen] + ([e.write] if direct else [])
         holds = all(_close(e.read.mT.apply(matrix.apply(x, 1), 1), x) for matrix in seen)
         return Reason(
@@ -197,7 +240,7 @@ class _Examination:
 
     def ties(self) -> Iterator[Reason]:
         """E9: a tied head reads with the embedding's write matrix: ``factor * B^T C = 1``."""
-        for _, layer in self.graph.walk():
+        for stack, layer in self.graph.walk():
             for parameter in layer.parameters:
                 if parameter.tied_to is None or not parameter.parsed.reads:
                     continue
@@ -205,7 +248,7 @@ class _Examination:
                     yield Reason("tied head", True, f"{parameter.name} gets a tensor of its own: no tied one would do")
                     continue
                 factor = tie_factor(self.graph, self.operator, parameter.name)
-                applied = self.operator.norm_factors.get(layer.through or "", 1.0)
+                applied = self.operator.norm_factors.get(norm_key(stack, layer.through), 1.0)
                 holds = factor is not None and bool(np.isclose(factor, applied))
                 if self.grows(layer) or not holds:
                     detail = (
@@ -218,13 +261,13 @@ class _Examination:
     def depth(self, stack: Stack) -> Iterator[Reason]:
         """E10: the source's layers in order, each once, and between them blocks that write nothing."""
         w = np.asarray(self.operator.blend[stack.name])
-        if np.array_equal(w, np.eye(stack.depth)):
+        others = [np.asarray(each) for key, each in self.operator.blend.items() if key.startswith(f"{stack.name}/")]
+        if all(np.array_equal(each, np.eye(stack.depth)) for each in (w, *others)):
             return
         writers = [np.asarray(self.operator.blend.get(key, w)) for key in writer_keys(self.graph, stack)]
         silent = np.all([(each == 0).all(1) for each in writers], axis=0) if writers else np.zeros(len(w), dtype=bool)
         awake = np.flatnonzero(~silent)
         change = f"{stack.depth} to {len(w)} layers"
-        others = [np.asarray(each) for key, each in self.operator.blend.items() if key.startswith(f"{stack.name}/")]
         in_order = len(awake) == stack.depth and all(
             np.array_equal(each[awake], np.eye(stack.depth)) for each in [w, *others]
         )

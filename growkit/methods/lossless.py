@@ -1,7 +1,7 @@
 """``lossless``: for each space the construction that keeps the function, and lets the new capacity be used.
 
 The stream is padded where its norm bears it; new heads and MLP units are drawn freely and read with zeros; new blocks
-write zeros. Nothing is copied where it need not be: copies move together under training (OPERATORS E12).
+write zeros. Nothing is copied where it need not be: copies move together under training (docs/explanation/exactness.md).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _head_dim(growth: SpaceGrowth) -> Mapping[str, Expansion]:
     padded = pad(growth.target, growth.source)
     return {
         "head_dim": Expansion(padded, padded, padded, fresh="write"),
-        "head_dim[q]": Expansion(scaled(padded, sqrt(growth.ratio)), padded, padded, fresh="write"),
+        "head_dim[q]": Expansion(scaled(padded, growth.score_gain), padded, padded, fresh="write"),
         "head_dim[k]": Expansion(padded, padded, padded),
     }
 

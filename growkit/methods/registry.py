@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import sqrt
 from typing import Literal
 
 import numpy as np
@@ -60,16 +61,10 @@ class SpaceGrowth:
         return self.target / self.source
 
     @property
-    def bases(self) -> tuple[str, ...]:
-        """The bases the space is used in: q, k and v for ``head_dim``."""
-        used = (
-            b
-            for _, layer in self.graph.walk()
-            for p in layer.parameters
-            if self.space in p.parsed.spaces
-            for b in p.bases
-        )
-        return tuple(dict.fromkeys(used))
+    def score_gain(self) -> float:
+        """What wider heads must multiply a score by: the model divides it by the root of head_dim, or by nothing."""
+        kinds = [layer for _, layer in self.graph.walk() if layer.kind == "attention"]
+        return sqrt(self.ratio) if any(layer.attributes.get("scale") != "none" for layer in kinds) else 1.0
 
 
 def norms_over(graph: LayerGraph, space: str) -> tuple[Layer, ...]:

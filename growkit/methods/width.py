@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import sqrt
-
 import numpy as np
 
 from growkit.matrices import Selection, pad, scaled
@@ -35,10 +33,9 @@ def selections(growth: SpaceGrowth, index: np.ndarray) -> Mapping[str, Expansion
     expansion = Expansion(write=copy, read=share, seen=copy, fresh="read")
     if growth.space != "head_dim":
         return {growth.space: expansion}
-    keeps_scale = sqrt(growth.ratio)  # the larger head divides its scores by sqrt(D), the smaller one by sqrt(d)
     return {
         growth.space: expansion,
-        "head_dim[q]": Expansion(write=scaled(share, keeps_scale), read=share, seen=copy),
+        "head_dim[q]": Expansion(write=scaled(share, growth.score_gain), read=share, seen=copy),
         "head_dim[k]": Expansion(write=copy, read=share, seen=copy),
     }
 

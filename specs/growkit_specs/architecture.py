@@ -115,6 +115,12 @@ class StackRule(Spec):
     layers: dict[str, LayerRule]
 
 
+class OutputRule(Port):
+    """An output of an architecture file; ``bare`` ones exist in the bare model only, the others only with a head."""
+
+    bare: bool = False
+
+
 class ConfigRules(Spec):
     """What every config key means.
 
@@ -170,7 +176,7 @@ class Architecture(Spec):
     stacks: dict[str, StackRule]
     head: dict[str, LayerRule] = Field(default_factory=dict)
     inputs: tuple[Port, ...]
-    outputs: tuple[Port, ...]
+    outputs: tuple[OutputRule, ...]
     attributes: dict[str, Scalar] = Field(default_factory=dict)
 
     @cached_property
@@ -282,9 +288,9 @@ class Architecture(Spec):
             head=head_layers,
             inputs=self.inputs,
             outputs=tuple(
-                port.model_copy(update={"through": port.through if port.through in norms else None})
+                Port(name=port.name, space=port.space, through=port.through if port.through in norms else None)
                 for port in self.outputs
-                if port.space in used
+                if port.space in used and port.bare == (class_name == self.base_class)
             ),
             attributes={
                 **build.resolve(self.attributes),
@@ -384,7 +390,7 @@ class Architecture(Spec):
         merged = {**self.config.defaults, **config}
         labels = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
         present = {key: merged[key] for key in self.config.defaults if merged[key] is not None}
-        return {**present, "num_labels": labels}
+        return {**present, "num_labels": labels, "rope_follows_positions": _rope_follows_positions(config)}
 
     def _depth(self, config: Config, rule: StackRule) -> int:
         key = next(key for key, expression in self.config.grown.items() if expression == rule.depth)
@@ -416,6 +422,18 @@ def evaluate(expression: str, known: Mapping[str, Any]) -> Any:
         4.0
     """
     return Architecture._evaluate(expression, known)
+
+
+def _rope_follows_positions(config: Config) -> bool:
+    """Whether rotary frequencies are computed from the number of positions: longrope, and yarn without its own."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kinds = [rope, *(value for value in rope.values() if isinstance(value, Mapping))]  # one, or one per layer type
+
+    def follows(kind: Mapping[str, Any]) -> bool:
+        name = kind.get("rope_type") or kind.get("type")
+        return name == "longrope" or (name == "yarn" and not kind.get("original_max_position_embeddings"))
+
+    return any(map(follows, kinds))
 
 
 def _whole(value: Any) -> Any:

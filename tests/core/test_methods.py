@@ -232,30 +232,24 @@ def test_verify_sees_what_the_plan_promised(growth: Growth) -> None:
             {"epsilon": "fixed"},
             {"hidden": "2x"},
             "lossless",
-            marks=pytest.mark.xfail(
-                reason="a norm without an epsilon key cannot follow, and the verdict does not say so"
-            ),
             id="epsilon is a constant",
         ),
         pytest.param(
             {"head": "tied", "final_norm": "attention_norm"},
             {"hidden": "2x"},
             "net2net",
-            marks=pytest.mark.xfail(reason="norm factors are kept by a name that another block's norm may have too"),
             id="two blocks' norms share a name",
         ),
         pytest.param(
             {"head": "tied", "final_norm": None, "qk_norm": True},
             {"hidden": "2x"},
             "lossless",
-            marks=pytest.mark.xfail(reason="a head that the growth unties reads the stream, and nobody examines it"),
             id="an untied head reads the stream itself",
         ),
         pytest.param(
             {"head": "bare", "final_norm": None, "qk_norm": True},
             {"hidden": "2x"},
             "lossless",
-            marks=pytest.mark.xfail(reason="an output reads the stream, and nobody examines it"),
             id="an output is the stream itself",
         ),
     ],
@@ -271,15 +265,11 @@ def test_what_the_property_tests_leave_out(features: dict[str, Any], sizes: dict
         pytest.param(
             {"head": "transform", "norm": "layer"},
             {"hidden": "2x"},
-            marks=pytest.mark.xfail(
-                reason="the stream's epsilon follows although it serves the head's tiled norm, whose variance stays"
-            ),
             id="a head with a norm of its own",
         ),
         pytest.param(
             {"scaled_scores": False, "hidden": 8},
             {"head_dim": "2x"},
-            marks=pytest.mark.xfail(reason="the query takes back a score scale that this attention does not have"),
             id="scores that are not scaled",
         ),
     ],
@@ -291,7 +281,6 @@ def test_what_lossless_could_keep(features: dict[str, Any], sizes: dict[str, Any
     assert_the_verdict_is_right(Growth(source, plan))
 
 
-@pytest.mark.xfail(reason="the plan accepts what the operator refuses later, tensor by tensor")
 def test_wider_heads_of_interleaved_queries_keys_and_values_are_refused() -> None:
     with pytest.raises(InvalidTarget, match="interleaves q, k, v"):
         growkit.plan(memory_model(transformer(qkv="interleaved")), hidden="2x", head_dim="2x")
@@ -412,7 +401,6 @@ def refusal(graph: LayerGraph, sizes: dict[str, Any]) -> str | None:
     return None
 
 
-@pytest.mark.xfail(reason="where head_dim = hidden / heads, some advice cannot be followed")
 @pytest.mark.parametrize(
     ("features", "sizes"),
     [
