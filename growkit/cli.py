@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -169,6 +170,7 @@ def grow(
         large, made = growkit.grow(source, growkit.GrowthOperator.load(operator), dtype=dtype), None
     else:
         made = _planned(source, to, like, method, seed, fresh)
+        made = replace(made, recipe=made.recipe.model_copy(update={"check": check, "dtype": dtype}))
         if not as_json and not quiet:
             _show_plan(made)
         large = growkit.grow(source, made, dtype=dtype)

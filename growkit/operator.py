@@ -119,7 +119,8 @@ class GrowthOperator:
         expansions: By space (``hidden``), or by space and basis where they differ (``head_dim[q]``); also by a whole
             axis, ``(heads head_dim)[q]``, for matrices that mix its spaces.
         blend: ``w``, ``(L2, L1)``, by stack; and by a slot's key (``stack/layer/slot``) where it differs.
-        norm_factors: Factors on the output of norms, by :func:`norm_key`: what a tied head needs where ``B^T C`` is not 1.
+        norm_factors: Factors on the output of norms, by :func:`norm_key`, that a tied head needs where ``B^T C`` is
+            not 1.
         untied: Names of parameters that the source ties and the target cannot.
         fresh: How fresh entries are drawn.
         residual: Explicit entries of ``Z``, by the target tensor's name; they replace the fresh ones.

@@ -76,7 +76,8 @@ class _Examination:
     def reasons(self) -> Iterator[Reason]:
         for space, size in self.graph.sizes.items():
             expansion = self.operator.expansions[space]
-            if not expansion.grows:
+            variants = [e for key, e in self.operator.expansions.items() if key.startswith(f"{space}[")]
+            if not any(e.grows for e in (expansion, *variants)):
                 continue
             yield from self.rotary_length(space, expansion)
             if not self.is_used(space):
@@ -209,6 +210,7 @@ class _Examination:
             why = "rotary frequencies depend on head_dim" if rotary else "the query-key norm sees other entries"
             return Reason("head_dim: attention scores", False, f"head_dim {d} to {D}: {why}")
         q, k = (self.operator.expansions.get(f"head_dim[{b}]", self.operator.expansions["head_dim"]) for b in "qk")
+        turned = not (q.write.is_identity and k.write.is_identity)
         x, y = self.probes(d), self.probes(d)
         scaled = any(
             layer.attributes.get("scale") != "none" for _, layer in self.graph.walk() if layer.kind == "attention"
@@ -218,6 +220,10 @@ class _Examination:
         free = ~q.write.support & ~k.write.support
         clash = bool(free.any()) and q.fresh == "write" and k.fresh == "write"
         holds = _close(before, after) and not clash
+        if holds and turned and (rotary or normed):
+            return Reason(
+                "head_dim: attention scores", False, "head_dim: entries leave their rotary pairs or their norm"
+            )
         return Reason(
             "head_dim: attention scores", holds, f"head_dim {d} to {D}: scores are {'kept' if holds else 'changed'}"
         )

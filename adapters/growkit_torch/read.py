@@ -327,7 +327,8 @@ def _refuse_mismatch(graph: LayerGraph, tensor: Tensor, shape: tuple[int, ...], 
                 names = ", ".join(f"{s} {graph.sizes[s]}" for s in dict.fromkeys(spaces_of(written)))
                 raise InvalidModel(
                     f"{tensor.name}: '{written}' is {axis_size(written, graph.sizes)} by the config "
-                    f"({names or 'fixed'}), the tensor has {got} on axis {axis}; fix the config, or the layout in {file}"
+                    f"({names or 'fixed'}), the tensor has {got} on axis {axis}; fix the config, or the "
+                    f"layout in {file}"
                 )
     raise InvalidModel(
         f"{tensor.name}: expected shape {list(tensor.shape)} ({tensor.parameter.layout}), got {list(shape)}; fix the "

@@ -18,7 +18,7 @@ from growkit.adapters import Adapter
 from growkit.grow import dtype_of
 from growkit.matrices import Array
 from growkit.model import Model
-from growkit_specs import GrowkitError, LayerGraph, Tensor
+from growkit_specs import GrowkitError, LayerGraph, Recipe, Tensor
 from growkit_torch.read import INDEX, OPERATOR, RECIPE, SINGLE, Origin, read_directory
 from growkit_torch.safetensors_file import write_file
 
@@ -27,7 +27,8 @@ SHARD_BYTES = 5_000_000_000
 
 NOT_CARRIED = (
     "config.json", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.h5", "*.msgpack",
-    "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.onnx", "*.onnx_data", "*.mlmodel", "*.tflite", "*.ot", RECIPE, ".git", ".cache",
+    "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.onnx", "*.onnx_data", "*.mlmodel", "*.tflite", "*.ot", RECIPE, ".git",
+    ".cache",
 )  # fmt: skip
 """What a directory's copy leaves out: weights of the source's size, in any format, and version control."""
 
@@ -61,7 +62,9 @@ def write_directory(
         if model.growth is not None:
             model.growth.operator.save(folder / OPERATOR)
             if model.growth.recipe is not None:
-                (folder / RECIPE).write_text(model.growth.recipe.to_yaml(), encoding="utf-8")
+                (folder / RECIPE).write_text(
+                    _stored(model.growth.recipe, like, destination).to_yaml(), encoding="utf-8"
+                )
             _describe(folder / "README.md", model)
         check(read_directory(adapter, folder))
 
@@ -183,21 +186,30 @@ def _carry_over(source: Path, folder: Path, graph: LayerGraph) -> None:
             _write_json(path, data | {key: graph.sizes[space] for key, space in keys.items() if key in data})
 
 
+def _stored(recipe: Recipe, like: Origin, destination: Path) -> Recipe:
+    """The recipe as it lies beside the grown model: its source's path starts there."""
+    if like.path is None:
+        return recipe
+    return recipe.model_copy(update={"source": os.path.relpath(like.path, destination)})
+
+
 def _describe(card: Path, model: Model) -> None:
     """A section on the model card that tells the growth."""
     assert model.growth is not None
     recipe = model.growth.recipe
     before = card.read_text(encoding="utf-8") if card.is_file() else f"# {model.origin.class_name}\n"
     sizes = ", ".join(f"{name} {size}" for name, size in {**model.graph.sizes, **model.graph.depths}.items())
+    files = f"`{OPERATOR}` holds the growth operator" + (f", `{RECIPE}` says how it was grown" if recipe else "")
     lines = [
         "",
         "## Grown with growkit",
         "",
         f"This model was grown out of a smaller trained one. It has {model.graph.parameter_count:,} parameters "
-        f"({sizes}). `{RECIPE}` says how it was grown, `{OPERATOR}` holds the growth operator. What is said above of "
+        f"({sizes}). {files}. What is said above of "
         "sizes and results was said of the smaller model.",
         "",
     ]
     if recipe is not None:
-        lines += ["```yaml", recipe.to_yaml().rstrip(), "```", ""]
+        named = recipe.model_copy(update={"source": Path(recipe.source).name})  # a card tells no machine's paths
+        lines += ["```yaml", named.to_yaml().rstrip(), "```", ""]
     card.write_text(before.rstrip("\n") + "\n" + "\n".join(lines), encoding="utf-8")

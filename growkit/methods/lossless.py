@@ -1,7 +1,8 @@
 """``lossless``: for each space the construction that keeps the function, and lets the new capacity be used.
 
 The stream is padded where its norm bears it; new heads and MLP units are drawn freely and read with zeros; new blocks
-write zeros. Nothing is copied where it need not be: copies move together under training (docs/explanation/exactness.md).
+write zeros. Nothing is copied where it need not be: copies move together under training
+(docs/explanation/exactness.md).
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ A config key that is neither handled nor listed as ignored is refused, and so is
 from __future__ import annotations
 
 import operator
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
@@ -547,9 +548,19 @@ def first_problem(error: Exception) -> str:
 
 @cache
 def architectures() -> dict[str, Architecture]:
-    """Every architecture file that ships with growkit, by name."""
-    folder = files("growkit_specs") / "architectures"
-    found = [load_architecture(entry) for entry in folder.iterdir() if entry.name.endswith(".yaml")]
+    """Every architecture file by name: growkit's own, and those in the folders that GROWKIT_ARCHITECTURES names.
+
+    The environment variable lists folders as PATH does; a file there takes the place of growkit's own of that name.
+
+    Raises:
+        UnsupportedModel: Where a folder is missing or a file does not validate.
+    """
+    named = [Path(folder) for folder in os.environ.get("GROWKIT_ARCHITECTURES", "").split(os.pathsep) if folder]
+    missing = [folder for folder in named if not folder.is_dir()]
+    if missing:
+        raise UnsupportedModel(f"{missing[0]}: GROWKIT_ARCHITECTURES names it, and it is no directory")
+    folders: list[Any] = [files("growkit_specs") / "architectures", *named]
+    found = [load_architecture(e) for folder in folders for e in folder.iterdir() if e.name.endswith(".yaml")]
     return {architecture.architecture: architecture for architecture in sorted(found, key=lambda a: a.architecture)}
 
 

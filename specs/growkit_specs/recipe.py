@@ -108,8 +108,10 @@ class Recipe(Spec):
     check: bool = False
 
     def to_yaml(self) -> str:
-        """The recipe as YAML text."""
-        return yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False)
+        """The recipe as YAML text; what was left to its default is left out, but for method and seed."""
+        told = self.model_dump(exclude_none=True)
+        default = {name for name in ("dtype", "check") if told[name] == Recipe.model_fields[name].default}
+        return yaml.safe_dump({name: value for name, value in told.items() if name not in default}, sort_keys=False)
 
     @classmethod
     def load(cls, path: Path) -> Recipe:

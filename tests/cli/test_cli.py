@@ -1,6 +1,8 @@
 """The contract of the command line: JSON keys, exit statuses, and what a grown directory holds."""
 
 import json
+import shutil
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -81,9 +83,10 @@ def test_saved_operator_grows_the_same(growkit: Growkit, llama: Path, tmp_path: 
 def test_recipe_of_a_grown_model_grows_it_again(growkit: Growkit, llama: Path, tmp_path: Path) -> None:
     first = tmp_path / "first"
     growkit("grow", llama, first, "--to", "hidden=36", "--seed", 3)
-    recipe = yaml.safe_load((first / "growkit_recipe.yaml").read_text()) | {"destination": "again"}
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    assert growkit("run", tmp_path / "recipe.yaml").status == 0
+    recipe = yaml.safe_load((first / "growkit_recipe.yaml").read_text()) | {"destination": "../again"}
+    assert not Path(recipe["source"]).is_absolute(), "no path of this machine"
+    (first / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert growkit("run", first / "recipe.yaml").status == 0
     again = tmp_path / "again" / "model.safetensors"
     assert again.read_bytes() == (first / "model.safetensors").read_bytes()
 
@@ -129,3 +132,30 @@ def test_half_types_are_told_what_is_rounded(growkit: Growkit, llama: Path, tmp_
         assert told["preserving"] is True
         assert any("rounded to bfloat16" in reason["detail"] for reason in told["reasons"]) is rounded
     assert growkit("grow", half, tmp_path / "out", "--to", "hidden=36", "--check").status == 0
+
+
+def test_an_architecture_file_of_ones_own_is_found(
+    growkit: Growkit, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from growkit_specs.architecture import architectures
+
+    model, folder = tmp_path / "model", tmp_path / "architectures"
+    shutil.copytree(llama, model)
+    folder.mkdir()
+    config = json.loads((model / "config.json").read_text()) | {"model_type": "my_llama"}
+    (model / "config.json").write_text(json.dumps(config))
+    assert "docs/how-to/add-an-architecture.md" in growkit("inspect", model).err
+    text = (files("growkit_specs") / "architectures" / "llama.yaml").read_text()
+    text = text.replace("architecture: llama", "architecture: my_llama").replace("[llama]", "[my_llama]")
+    (folder / "my_llama.yaml").write_text(text)
+    monkeypatch.setenv("GROWKIT_ARCHITECTURES", str(folder))
+    architectures.cache_clear()
+    try:
+        assert growkit("inspect", model, "--json").json["architecture"] == "my_llama"
+        assert growkit("inspect", llama, "--json").json["architecture"] == "llama"
+        (folder / "my_llama.yaml").write_text("architecture: my_llama\nclasses: 3\n")
+        architectures.cache_clear()
+        assert "my_llama.yaml: " in growkit("inspect", model).err
+    finally:
+        monkeypatch.undo()
+        architectures.cache_clear()

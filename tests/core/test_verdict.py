@@ -10,7 +10,7 @@ import pytest
 
 import growkit
 from growkit.matrices import Dense, Identity, Matrix, MeanFill, Scaled, Selection, pad
-from growkit.operator import Expansion, GrowthOperator, unchanged, norm_key
+from growkit.operator import Expansion, GrowthOperator, norm_key, unchanged
 from growkit.testing import memory_model, reference_forward, transformer
 from growkit.verdict import Reason, Verdict, verdict, writer_keys
 from growkit.verify import generated_inputs
@@ -290,9 +290,6 @@ def test_e6_wider_heads_with_rotary_positions() -> None:
     assert "rotary frequencies depend on head_dim" in found.broken[0].detail
 
 
-@pytest.mark.xfail(
-    reason="at the same head_dim the verdict does not ask whether the entries stay in their rotary pairs"
-)
 def test_e6_rotary_positions_pair_the_entries_of_a_head() -> None:
     graph = graph_of(head_dim=4, rope=True)
     swapped = Selection(np.array([1, 0, 2, 3]), 4)
@@ -364,7 +361,9 @@ def test_e9_bases_of_table_and_head_that_differ() -> None:
     graph = graph_of(head="transform", norm="layer")
     turned = shared([*range(6), *reversed(range(6))])
     spaces = {"hidden": shared([*range(6)] * 2), "transform": turned}
-    assert_different(graph, operator_for(graph, spaces, norm_factors={norm_key(None, "transform_norm"): 0.5}), "tied head")
+    assert_different(
+        graph, operator_for(graph, spaces, norm_factors={norm_key(None, "transform_norm"): 0.5}), "tied head"
+    )
     assert_exact(graph, operator_for(graph, spaces, untied=("lm_head.weight",)))
 
 

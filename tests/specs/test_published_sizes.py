@@ -1,4 +1,4 @@
-"""Configs of published checkpoints, as they were published: every key is understood, the parameters are as many as told."""
+"""Configs of published checkpoints: every key is understood, and the parameters are as many as were told."""
 
 import pytest
 
@@ -70,12 +70,14 @@ PUBLISHED = {
     "bert-base-uncased": (
         "BertForMaskedLM",
         109_514_298,
-        BERT_STYLE | {"model_type": "bert", "position_embedding_type": "absolute", "type_vocab_size": 2, "vocab_size": 30522},
+        BERT_STYLE
+        | {"model_type": "bert", "position_embedding_type": "absolute", "type_vocab_size": 2, "vocab_size": 30522},
     ),
     "roberta-base": (
         "RobertaForMaskedLM",
         124_697_433,
-        BERT_STYLE | {"model_type": "roberta", "max_position_embeddings": 514, "type_vocab_size": 1, "vocab_size": 50265},
+        BERT_STYLE
+        | {"model_type": "roberta", "max_position_embeddings": 514, "type_vocab_size": 1, "vocab_size": 50265},
     ),
     "distilbert-base-uncased": (
         "DistilBertForMaskedLM",
@@ -87,7 +89,8 @@ PUBLISHED = {
         "GPT2LMHeadModel",
         124_439_808,
         {"model_type": "gpt2", "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024}
-        | {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-05, "summary_type": "cls_index", "vocab_size": 50257},
+        | {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-05, "summary_type": "cls_index"}
+        | {"vocab_size": 50257},
     ),
     "dinov2-base": (
         "Dinov2Model",
