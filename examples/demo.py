@@ -45,7 +45,7 @@ class Stage:
     hidden: int
     layers: int
     steps: int
-    learning_rate: float  # the highest; the target's is the best one from scratch
+    learning_rate: float  # the highest; the target's is the best of five from scratch
 
 
 @dataclass(frozen=True)
