@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cache
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -70,6 +69,8 @@ class Adapter(Protocol):
 @cache
 def adapters() -> Mapping[str, Adapter]:
     """Every installed adapter, by name."""
+    from importlib.metadata import entry_points  # slow to import, and `growkit --help` needs no adapter
+
     return {entry.name: entry.load()() for entry in entry_points(group="growkit.adapters")}
 
 

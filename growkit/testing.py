@@ -47,6 +47,7 @@ from growkit_specs import (
     Leaf,
     Parameter,
     Port,
+    Product,
     Space,
     Stack,
     Target,
@@ -498,10 +499,17 @@ def _every_head_size(draw: st.DrawFn, graph: LayerGraph) -> dict[str, int]:
         if name in graph.sizes:
             drawn[name] = draw(_grown(old[name]))
     heads = drawn["kv_heads"] * drawn.pop("group") if "group" in drawn else drawn["heads"]
-    head_dim = old["head_dim"] * draw(st.sampled_from((1, 2)))  # even stays even, as rotary positions need
+    factors = (1,) if _interleaves_bases(graph) else (1, 2)
+    head_dim = old["head_dim"] * draw(st.sampled_from(factors))  # even stays even, as rotary positions need
     is_tied = "follows:head_dim" in graph.attributes
     hidden = heads * head_dim if is_tied else draw(_grown(old["hidden"]))
     return {**drawn, "hidden": hidden, "heads": heads, "head_dim": head_dim}
+
+
+def _interleaves_bases(graph: LayerGraph) -> bool:
+    """Whether queries, keys and values alternate along a fused axis, so that their heads cannot grow apart."""
+    fused = [p.parsed.writes[0] for _, layer in graph.walk() for p in layer.parameters if len(p.bases) > 1]
+    return any(isinstance(axis, Product) and axis.factors[0] != Fixed(3) for axis in fused)
 
 
 # --- models without a framework ------------------------------------------------------------------------------

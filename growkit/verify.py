@@ -144,7 +144,7 @@ def generated_inputs(graph: LayerGraph, seed: int) -> Iterator[dict[str, np.ndar
         for batch in (1, 2):
             yield {port.name: _image(graph, rng, batch) for port in graph.inputs if port.kind == "image"}
         return
-    last = min(graph.sizes["positions"] - int(graph.attributes.get("reserved_positions") or 0), LONGEST)
+    last = min(graph.sizes.get("positions", LONGEST) - int(graph.attributes.get("reserved_positions") or 0), LONGEST)
     short = min(16, last)
     for batch, length, padded in ((2, short, 0), (3, short, short // 3), (1, last, 0)):
         yield _text(graph, rng, batch, length, padded)

@@ -216,6 +216,8 @@ class LayerGraph(Spec):
                     raise ValueError(
                         f"{parameter.name}: '{{layer}}' stands in the names of a stack's parameters, and only there"
                     )
+            if layer.kind == "norm" and not layer.parameters:
+                raise ValueError(f"the norm '{layer.name}' has no parameter that says which space it is over")
             if layer.through is not None:
                 self.norm(layer.through, stack)
         for port in self.outputs:

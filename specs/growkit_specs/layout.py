@@ -182,6 +182,8 @@ _ROLES: dict[str, tuple[Role, Role]] = {
     "*": ("scale", "scale"),
     "+": ("shift", "shift"),
 }
+_DEEPEST = 50
+_LONGEST_NUMBER = 18
 _TOKEN = re.compile(
     r"\s*(?:(?P<sign><-|->|\*|\+)|(?P<name>[A-Za-z_][A-Za-z0-9_]*)|(?P<number>[0-9]+)|(?P<bracket>[()]))"
 )
@@ -231,6 +233,7 @@ class _Parser:
                 if not gap.isspace():
                     raise self.error(f"a space is missing before '{next_text}'", next_position)
         self.index = 0
+        self.nested = 0
 
     def error(self, what: str, position: int) -> LayoutError:
         return LayoutError(
@@ -278,12 +281,17 @@ class _Parser:
             return Leaf(self.take())
         if self.kind == "number":
             position = self.tokens[self.index][2]
+            if len(self.token) > _LONGEST_NUMBER:
+                raise self.error(f"a size has at most {_LONGEST_NUMBER} digits", position)
             size = int(self.take())
             if size < 1:
                 raise self.error("a fixed size is at least 1", position)
             return Fixed(size)
         if self.token != "(":
             raise self.fail("a space, a size or '('")
+        self.nested += 1
+        if self.nested > _DEEPEST:
+            raise self.fail(f"at most {_DEEPEST} brackets inside each other")
         self.take()
         segments = [product(*self.axes())]
         while self.token == "+":
@@ -292,4 +300,5 @@ class _Parser:
         if self.token != ")":
             raise self.fail("'+' or ')'")
         self.take()
+        self.nested -= 1
         return concatenation(*segments)

@@ -124,5 +124,5 @@ class Recipe(Spec):
             return cls.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")), strict=False)
         except OSError as error:
             raise GrowkitError(f"{path}: {error.strerror}") from None
-        except (yaml.YAMLError, ValidationError) as error:
+        except (yaml.YAMLError, ValidationError, UnicodeDecodeError) as error:
             raise GrowkitError(f"{path}: {first_problem(error)}") from None

@@ -225,6 +225,8 @@ def test_broken_promise_writes_nothing(
 def test_bad_recipes_are_refused(growkit: Growkit, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     assert "No such file" in growkit("run", recipe).err
+    recipe.write_bytes(b"\xff\xfe\x00")
+    assert "recipe.yaml: " in growkit("run", recipe).err
     recipe.write_text("source: x\ntarget: {hidden: big}\n")
     assert "target.hidden: a size is a whole number" in growkit("run", recipe).err
     recipe.write_text("source: x\ntarget: {hidden: 36}\nspeed: 3\n")

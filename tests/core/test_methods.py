@@ -27,12 +27,6 @@ METHODS = (
     "width=net2net,depth=interpolate",
     "random",
 )
-# What the property tests leave out, each with a test of its own below.
-OPEN = {
-    "epsilon": st.sampled_from(("shared", "own")),
-    "final_norm": st.just("final_norm"),
-    "qkv": st.sampled_from(("separate", "product", "concatenation")),
-}
 
 
 def difference(source: growkit.Model, target: growkit.Model) -> float:
@@ -101,19 +95,19 @@ def is_cautious(growth: Growth) -> bool:
 
 
 @THOROUGH
-@given(growths(layer_graphs(**OPEN)))
+@given(growths(layer_graphs()))
 def test_the_verdict_is_right_in_both_directions(growth: Growth) -> None:
     assert_the_verdict_is_right(growth)
 
 
 PRE_NORM = layer_graphs(
-    **OPEN,
+    # Without one the stream is read as it is too, and where epsilon cannot follow no pad serves both.
+    final_norm=st.sampled_from(("final_norm", "attention_norm")),
     block=st.sampled_from(("pre", "parallel")),
     stem=st.just("plain"),
     head=st.sampled_from(("untied", "tied", "pooler", "bare")),
     qk_norm=st.just(False),
     rope=st.just(False),
-    scaled_scores=st.just(True),
 )
 
 
@@ -126,7 +120,7 @@ def test_lossless_keeps_every_pre_norm_model_at_any_size(growth: Growth) -> None
 
 
 @given(
-    layer_graphs(**OPEN, rope=st.just(False), qk_norm=st.just(False)),
+    layer_graphs(epsilon=st.sampled_from(("shared", "own")), rope=st.just(False), qk_norm=st.just(False)),
     st.integers(1, 3),
     st.sampled_from(("lossless", "net2net")),
 )
@@ -174,7 +168,7 @@ def test_layers_that_are_run_twice_change_the_function(block: str, method: str) 
     assert difference(source, growkit.grow(source, plan)) > DIFFERENT
 
 
-@given(layer_graphs(**OPEN), st.data())
+@given(layer_graphs(), st.data())
 def test_random_keeps_nothing_of_the_source(graph: LayerGraph, data: st.DataObject) -> None:
     sizes = data.draw(targets(graph))
     target, other = (
@@ -200,7 +194,7 @@ def test_symmetry_is_broken_where_the_function_does_not_see_it() -> None:
         assert len(np.unique(up.round(12), axis=1).T) == up.shape[1], method
 
 
-@given(growths(layer_graphs(**OPEN)))
+@given(growths(layer_graphs()))
 def test_a_seed_gives_the_same_model_again(growth: Growth) -> None:
     first, second = (growkit.grow(growth.source, growth.plan) for _ in range(2))
     again = growkit.plan(
@@ -214,7 +208,7 @@ def test_a_seed_gives_the_same_model_again(growth: Growth) -> None:
         assert np.array_equal(first.weights[name], third.weights[name]), name
 
 
-@given(growths(layer_graphs(**OPEN)))
+@given(growths(layer_graphs()))
 def test_verify_sees_what_the_plan_promised(growth: Growth) -> None:
     report = growkit.verify(growth.source, growkit.grow(growth.source, growth.plan))
     if growth.plan.preserving or not is_cautious(growth):
@@ -272,6 +266,20 @@ def test_what_the_property_tests_leave_out(features: dict[str, Any], sizes: dict
             {"head_dim": "2x"},
             id="scores that are not scaled",
         ),
+        pytest.param(
+            {"block": "post", "epsilon": "fixed"},
+            {"hidden": "2x"},
+            marks=pytest.mark.xfail(
+                reason="a post-norm RMSNorm is padded, which needs another epsilon; a tile does not"
+            ),
+            id="a post-norm epsilon that is a constant",
+        ),
+        pytest.param(
+            {"final_norm": None, "epsilon": "fixed"},
+            {"hidden": "2x"},
+            marks=pytest.mark.xfail(reason="a scaled pad is not for readers of the raw stream; a tile is"),
+            id="an epsilon that is a constant and a head without a norm",
+        ),
     ],
 )
 def test_what_lossless_could_keep(features: dict[str, Any], sizes: dict[str, Any]) -> None:
@@ -289,7 +297,7 @@ def test_wider_heads_of_interleaved_queries_keys_and_values_are_refused() -> Non
 # --- plans ---------------------------------------------------------------------------------------------------
 
 
-@given(growths(layer_graphs(**OPEN)))
+@given(growths(layer_graphs()))
 def test_a_plan_tells_what_growing_gives(growth: Growth) -> None:
     plan, target = growth.plan, growkit.grow(growth.source, growth.plan)
     arrays = dict(target.weights)
@@ -306,7 +314,7 @@ def test_a_plan_tells_what_growing_gives(growth: Growth) -> None:
     assert shapes == {tensor.key: tensor.shape for tensor in target.graph.tensors(tied=True)}
 
 
-@given(growths(layer_graphs(**OPEN)))
+@given(growths(layer_graphs()))
 def test_a_plan_gives_every_size_that_was_asked(growth: Growth) -> None:
     old, new = growth.source.graph, growth.plan.target
     sizes, depths = resolve(old, growth.plan.recipe.target.requested())
@@ -322,7 +330,7 @@ def test_a_plan_gives_every_size_that_was_asked(growth: Growth) -> None:
 
 @given(st.data())
 def test_a_plan_like_another_model_has_its_sizes(data: st.DataObject) -> None:
-    graph = data.draw(layer_graphs(**OPEN))
+    graph = data.draw(layer_graphs())
     source = memory_model(graph)
     large = growkit.plan(source, data.draw(targets(graph))).target
     assert growkit.plan(source, like=large).target.sizes == large.sizes
@@ -376,7 +384,7 @@ def test_sizes_that_cannot_be_are_refused_with_the_nearest_that_can(
     assert "\n" not in str(caught.value)
 
 
-@given(layer_graphs(**OPEN, group=st.none(), depths=st.integers(1, 3).map(lambda depth: (depth,))), st.data())
+@given(layer_graphs(group=st.none(), depths=st.integers(1, 3).map(lambda depth: (depth,))), st.data())
 def test_the_nearest_sizes_that_are_named_can_be(graph: LayerGraph, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(("hidden", "ffn", "layers")))
     ratio = data.draw(st.sampled_from(("1.1x", "1.25x", "1.5x", "1.75x", "2.5x")))

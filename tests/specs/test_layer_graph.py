@@ -88,6 +88,7 @@ REFUSED: list[tuple[Change, str]] = [
     (changed("head.1.through", "mlp_norm"), "no norm layer is called 'mlp_norm'"),
     (changed("stacks.0.layers.1.through", "final_norm"), "no norm layer is called 'final_norm'"),
     (changed("stacks.0.layers.1.through", "mlp"), "no norm layer is called 'mlp'"),
+    (changed("stacks.0.layers.0.parameters", []), "the norm 'attention_norm' has no parameter that says which space"),
     (changed("outputs.0.through", "mlp_norm"), "no norm layer is called 'mlp_norm'"),
     (changed("spaces.0.size", 0), "greater than or equal to 1"),
     (changed("spaces.0.kind", "elastic"), "Input should be 'residual'"),

@@ -135,3 +135,9 @@ def test_an_unknown_space_is_named_with_the_known_ones() -> None:
 def test_products_and_concatenations_of_one_are_that_one() -> None:
     assert product(Leaf("a")) == concatenation(Leaf("a")) == Leaf("a")
     assert axis_size(product(Fixed(2), concatenation(Fixed(3), Fixed(4))), {}) == 14
+
+
+@pytest.mark.parametrize("text", ["-> " + "(" * 5000, "9" * 5000 + " -> hidden"])
+def test_hostile_lines_are_refused_like_others(text: str) -> None:
+    with pytest.raises(LayoutError, match="at character"):
+        parse_layout(text)
