@@ -16,7 +16,7 @@ BENCHMARKS = $(patsubst %.py,%,$(notdir $(shell grep -ls '__name__ == "__main__"
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.installed-demo ## Train a tiny model, grow it, verify it, train on (about two minutes)
+demo: $(VENV)/.installed-demo ## Train a tiny model, grow it, verify it, train on (about three minutes)
 	$(BIN)/python -m examples.demo
 
 test: $(VENV)/.installed-test ## Run the tests, without the slow ones
