@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -83,14 +82,14 @@ def _quiet() -> Iterator[None]:
     """Transformers warns of every tied or fresh tensor, and draws bars of its own."""
     from transformers.utils import logging
 
-    before, bars = logging.get_verbosity(), os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(before)
-        if bars is None:
+        if bars:
             logging.enable_progress_bar()
 
 
