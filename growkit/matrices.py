@@ -245,22 +245,28 @@ def pad(rows: int, columns: int) -> Matrix:
 @final
 @dataclass(frozen=True, repr=False)
 class MeanFill(Matrix):
-    """``[I; (1/d) 1 1^T]``: the source's entries, then their mean in every new entry (LEMON's residue)."""
+    """``[1_n (x) I; (1/d) 1 1^T]``: copies of the source's entries, then their mean in what is left (LEMON's residue)."""
 
     kind: ClassVar[str] = "mean_fill"
     rows: int
     columns: int
+    copies: int = 1
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.rows, self.columns
 
+    @property
+    def residue(self) -> int:
+        """``D - n d``: how many rows hold the mean."""
+        return self.rows - self.copies * self.columns
+
     def apply(self, x: Array, axis: int = 0) -> Array:
         xp = namespace(x)
         mean = xp.mean(x, axis=axis)
-        shape = (*x.shape[:axis], self.rows - self.columns, *x.shape[axis + 1 :])
+        shape = (*x.shape[:axis], self.residue, *x.shape[axis + 1 :])
         fill = xp.broadcast_to(mean.reshape(*x.shape[:axis], 1, *x.shape[axis + 1 :]), shape)
-        return xp.concatenate([x, fill], axis=axis)
+        return xp.concatenate([*[x] * self.copies, fill], axis=axis)
 
     @property
     def mT(self) -> Matrix:
@@ -274,7 +280,7 @@ class MeanFill(Matrix):
 @final
 @dataclass(frozen=True, repr=False)
 class _MeanSpread(Matrix):
-    """The transpose of a mean-fill: the sum of the new entries is spread evenly over the source's."""
+    """The transpose of a mean-fill: copies are summed, the sum of the residue is spread evenly over the source's."""
 
     kind: ClassVar[str] = "mean_spread"
     fill: MeanFill
@@ -284,10 +290,10 @@ class _MeanSpread(Matrix):
         return self.fill.columns, self.fill.rows
 
     def apply(self, x: Array, axis: int = 0) -> Array:
-        lead = (slice(None),) * axis
-        kept, new = x[(*lead, slice(None, self.fill.columns))], x[(*lead, slice(self.fill.columns, None))]
-        total = namespace(x).sum(new, axis=axis) / self.fill.columns
-        return kept + total.reshape(*x.shape[:axis], 1, *x.shape[axis + 1 :])
+        xp, lead, copied = namespace(x), (slice(None),) * axis, self.fill.copies * self.fill.columns
+        copies = _reshape_axis(x[(*lead, slice(None, copied))], axis, [self.fill.copies, self.fill.columns])
+        total = xp.sum(x[(*lead, slice(copied, None))], axis=axis) / self.fill.columns
+        return xp.sum(copies, axis=axis) + total.reshape(*x.shape[:axis], 1, *x.shape[axis + 1 :])
 
     @property
     def mT(self) -> Matrix:
@@ -446,6 +452,94 @@ class Concatenation(Matrix):
         return None if None in patterns else Concatenation(tuple(p for p in patterns if p is not None))
 
 
+@final
+@dataclass(frozen=True, repr=False)
+class Interleaved(Matrix):
+    """One matrix for each segment of an axis whose segments alternate: GPT-NeoX's ``(heads 3 head_dim)``.
+
+    Attributes:
+        blocks: The matrix of each segment, over the segment's own entries, ``(heads head_dim)``.
+        outer: How many runs there are in the target and in the source: ``(H', H)``.
+    """
+
+    kind: ClassVar[str] = "interleaved"
+    blocks: tuple[Matrix, ...]
+    outer: tuple[int, int]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return sum(b.shape[0] for b in self.blocks), sum(b.shape[1] for b in self.blocks)
+
+    def apply(self, x: Array, axis: int = 0) -> Array:
+        (runs, wide_runs), n = self.outer[::-1], len(self.blocks)
+        x = _reshape_axis(x, axis, [runs, n, x.shape[axis] // (runs * n)])
+        lead = (slice(None),) * (axis + 1)
+        segments = []
+        for i, block in enumerate(self.blocks):
+            segment = x[(*lead, i)]
+            segment = segment.reshape(*x.shape[:axis], block.shape[1], *x.shape[axis + 3 :])
+            segments.append(_reshape_axis(block.apply(segment, axis), axis, [wide_runs, block.shape[0] // wide_runs]))
+        joined = namespace(x).stack(segments, axis=axis + 1)
+        return joined.reshape(*joined.shape[:axis], self.shape[0], *joined.shape[axis + 3 :])
+
+    @property
+    def mT(self) -> Matrix:
+        return Interleaved(tuple(block.mT for block in self.blocks), self.outer[::-1])
+
+    @property
+    def support(self) -> np.ndarray:
+        rows = [block.support.reshape(self.outer[0], -1) for block in self.blocks]
+        return np.stack(rows, axis=1).reshape(-1)
+
+    @property
+    def is_identity(self) -> bool:
+        return all(block.is_identity for block in self.blocks)
+
+    @property
+    def is_gather(self) -> bool:
+        return all(block.is_gather for block in self.blocks)
+
+    @property
+    def pattern(self) -> Matrix | None:
+        patterns = [block.pattern for block in self.blocks]
+        return None if None in patterns else Interleaved(tuple(p for p in patterns if p is not None), self.outer)
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class Composition(Matrix):
+    """``left right``: the right matrix is applied first."""
+
+    kind: ClassVar[str] = "composition"
+    left: Matrix
+    right: Matrix
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.left.shape[0], self.right.shape[1]
+
+    def apply(self, x: Array, axis: int = 0) -> Array:
+        return self.left.apply(self.right.apply(x, axis), axis)
+
+    @property
+    def mT(self) -> Matrix:
+        return Composition(self.right.mT, self.left.mT)
+
+    @property
+    def support(self) -> np.ndarray:
+        probe = np.random.default_rng(0).standard_normal(self.shape[1])
+        rows: np.ndarray = self.apply(probe) != 0
+        return rows
+
+    @property
+    def is_identity(self) -> bool:
+        return self.left.is_identity and self.right.is_identity
+
+    @property
+    def is_gather(self) -> bool:
+        return self.left.is_gather and self.right.is_gather
+
+
 def scaled(matrix: Matrix, factor: float) -> Matrix:
     """``factor`` times ``matrix``; the matrix itself where the factor is 1."""
     return matrix if factor == 1 else Scaled(matrix, factor)
@@ -458,11 +552,28 @@ def kronecker(*factors: Matrix) -> Matrix:
     return factors[0] if len(factors) == 1 else Kronecker(factors)
 
 
+def composed(left: Matrix, right: Matrix) -> Matrix:
+    """``left right``; the other one where one is the identity."""
+    return right if left.is_identity else left if right.is_identity else Composition(left, right)
+
+
 def block_diagonal(*blocks: Matrix) -> Matrix:
     """The block diagonal; of one block, that block; of identities, an identity."""
     if all(block.is_identity for block in blocks):
         return Identity(sum(block.shape[0] for block in blocks))
     return blocks[0] if len(blocks) == 1 else Concatenation(blocks)
+
+
+def interleaved(*blocks: Matrix, runs: tuple[int, int]) -> Matrix:
+    """Alternating segments; of identities, an identity.
+
+    Args:
+        blocks: One matrix for each segment.
+        runs: How often the segments alternate in the target and in the source.
+    """
+    if all(block.is_identity for block in blocks):
+        return Identity(sum(block.shape[0] for block in blocks))
+    return Interleaved(blocks, runs)
 
 
 # --- saving --------------------------------------------------------------------------------------------------------
@@ -485,14 +596,20 @@ def to_state(matrix: Matrix, arrays: dict[str, np.ndarray], prefix: str) -> Stat
             state |= {"columns": matrix.columns, "index": keep("index", matrix.index)}
             if matrix.weight is not None:
                 state |= {"weight": keep("weight", matrix.weight)}
-        case MeanFill(rows, columns):
-            state |= {"rows": rows, "columns": columns}
+        case MeanFill(rows, columns, copies):
+            state |= {"rows": rows, "columns": columns, "copies": copies}
         case Dense(array):
             state |= {"array": keep("array", _on_host(array))}
         case Scaled(inner, factor):
             state |= {"matrix": to_state(inner, arrays, f"{prefix}.matrix"), "factor": factor}
         case Kronecker(parts) | Concatenation(parts):
             state |= {"parts": [to_state(part, arrays, f"{prefix}.{i}") for i, part in enumerate(parts)]}
+        case Interleaved(parts, outer):
+            parts_state = [to_state(part, arrays, f"{prefix}.{i}") for i, part in enumerate(parts)]
+            state |= {"parts": parts_state, "outer": list(outer)}
+        case Composition(left, right):
+            state |= {"left": to_state(left, arrays, f"{prefix}.left")}
+            state |= {"right": to_state(right, arrays, f"{prefix}.right")}
         case _:  # a transpose: saved as what it is the transpose of
             state |= {"kind": "transpose", "matrix": to_state(matrix.mT, arrays, f"{prefix}.matrix")}
     return state
@@ -507,7 +624,7 @@ def from_state(state: State, arrays: dict[str, np.ndarray]) -> Matrix:
             weight = arrays[state["weight"]] if "weight" in state else None
             return Selection(arrays[state["index"]], state["columns"], weight)
         case "mean_fill":
-            return MeanFill(state["rows"], state["columns"])
+            return MeanFill(state["rows"], state["columns"], state.get("copies", 1))
         case "dense":
             return Dense(arrays[state["array"]])
         case "scaled":
@@ -516,6 +633,11 @@ def from_state(state: State, arrays: dict[str, np.ndarray]) -> Matrix:
             return Kronecker(tuple(from_state(part, arrays) for part in state["parts"]))
         case "concatenation":
             return Concatenation(tuple(from_state(part, arrays) for part in state["parts"]))
+        case "interleaved":
+            rows, columns = state["outer"]
+            return Interleaved(tuple(from_state(part, arrays) for part in state["parts"]), (rows, columns))
+        case "composition":
+            return Composition(from_state(state["left"], arrays), from_state(state["right"], arrays))
         case "transpose":
             return from_state(state["matrix"], arrays).mT
         case kind:

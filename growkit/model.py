@@ -43,7 +43,7 @@ class Model:
     @property
     def bytes(self) -> int:
         """The size of all tensors, in bytes."""
-        from growkit.grow import dtype_of
+        from growkit.weights import dtype_of
 
         return sum(tensor.count * dtype_of(tensor.parameter.dtype).itemsize for tensor in self.graph.tensors())
 

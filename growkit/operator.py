@@ -2,18 +2,22 @@
 
 For a slot ``k`` with out-space ``o`` and in-space ``i``, target layer ``t`` and source layers ``j``:
 
-    W'[k,t] = sum_j w[k][t,j] * B[o] W[k,j] A[i]^T  +  Z[k,t]
+    W'[k,t] = sum_r sum_j w[k][r,t,j] * B[o,r] W[k,j] A[i,r]^T  +  Z[k,t]
 
 Shape legend: lower case for source sizes, upper case for target sizes. ``B_Oo`` writes, ``A_Ii`` reads, ``w_Ll``
 blends layers, ``Z`` holds fresh entries. Width and depth commute, so the blend comes first: it is cheaper.
-(Wang et al., LiGO, ICLR 2023, section 3; write and read matrices apart, which the paper ties.)
+(Wang et al., LiGO, ICLR 2023, section 3; write and read matrices apart, which the paper ties.) Nearly every method has
+one term. More of them, ``r``, say what no single pair of matrices can: blocks on a diagonal (staged training), or new
+rows that come from another layer than the old ones (AKI).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import product as product_of
 from pathlib import Path
 from typing import Any, Literal
 from zlib import crc32
@@ -27,12 +31,13 @@ from growkit.matrices import (
     Matrix,
     block_diagonal,
     from_state,
+    interleaved,
     kronecker,
     namespace,
     scaled,
     to_state,
 )
-from growkit_specs import Axis, Concatenation, Fixed, GrowkitError, InvalidTarget, Leaf, Product, Stack, Tensor
+from growkit_specs import Axis, Concatenation, Fixed, GrowkitError, Leaf, Product, Stack, Tensor
 from growkit_specs.layout import product, spaces_of
 
 Side = Literal["write", "read", "seen"]
@@ -56,6 +61,7 @@ class Expansion:
         fresh: Where new capacity comes from. ``read``: writers are determined, readers take fresh entries in the null
             space of ``C``. ``write``: writers take fresh entries in the rows that ``B`` leaves zero, readers are silent
             there. ``both``: nobody reads or writes the new entries yet. None: nothing is fresh.
+        terms: ``(B_r, A_r)`` for each term of the sum, where there is more than one; ``B = sum_r B_r``.
     """
 
     write: Matrix
@@ -64,6 +70,14 @@ class Expansion:
     gain: float = 1.0
     variance: float = 1.0
     fresh: Literal["read", "write", "both"] | None = None
+    terms: tuple[tuple[Matrix, Matrix], ...] = ()
+
+    def term(self, r: int | None) -> Expansion:
+        """The expansion with the matrices of one term; itself where it has no terms, or none is asked for."""
+        if r is None or not self.terms:
+            return self
+        write, read = self.terms[r]
+        return replace(self, write=write, read=read, terms=())
 
     @property
     def grows(self) -> bool:
@@ -89,15 +103,16 @@ class Fresh:
     Attributes:
         seed: The seed; every tensor draws from a stream of its own, so the order of growing does not matter.
         scale: The standard deviation, as a multiple of ``reference``.
-        reference: ``trained``: of the entries the tensor already has; ``init``: of the model's initialisation, and
-            every entry is fresh.
+        reference: ``trained``: of the entries the tensor already has; ``init``: of the model's initialisation.
         init_std: The standard deviation of the model's initialisation.
+        anew: Whether every entry is fresh, and nothing of the source stays.
     """
 
     seed: int = 0
     scale: float = 1.0
     reference: Literal["trained", "init"] = "trained"
     init_std: float = 0.02
+    anew: bool = False
 
     def std(self, trained: Array) -> Any:
         """The standard deviation of a tensor's fresh entries, given its trained ones."""
@@ -112,18 +127,39 @@ class Fresh:
 
 
 @dataclass(frozen=True)
+class Term:
+    """One term of the sum.
+
+    Attributes:
+        writes: For each space with terms that the tensor writes, which of its terms.
+        r: The term of the spaces it reads, and of the blend; None where the sum has one term.
+    """
+
+    writes: Mapping[str, int] = field(default_factory=dict)
+    r: int | None = None
+
+
+def place(target: Tensor) -> str | None:
+    """Where a tensor stands, ``stack/number``, as the keys of one layer's own expansions name it."""
+    return None if target.stack is None else f"{target.stack}/{target.layer}"
+
+
+@dataclass(frozen=True)
 class GrowthOperator:
     """The growth operator, without the weights it acts on.
 
     Attributes:
         expansions: By space (``hidden``), or by space and basis where they differ (``head_dim[q]``); also by a whole
-            axis, ``(heads head_dim)[q]``, for matrices that mix its spaces.
-        blend: ``w``, ``(L2, L1)``, by stack; and by a slot's key (``stack/layer/slot``) where it differs.
+            axis, ``(heads head_dim)[q]``, for matrices that mix its spaces. One target layer's own expansion has its
+            stack and number behind an at sign: ``ffn@layers/3``.
+        blend: ``w``, ``(L2, L1)``, by stack; and by a slot's key (``stack/layer/slot``) where it differs. ``(R, L2,
+            L1)`` where the terms of the sum blend differently.
         norm_factors: Factors on the output of norms, by :func:`norm_key`, that a tied head needs where ``B^T C`` is
             not 1.
         untied: Names of parameters that the source ties and the target cannot.
         fresh: How fresh entries are drawn.
-        residual: Explicit entries of ``Z``, by the target tensor's name; they replace the fresh ones.
+        residual: Explicit entries of ``Z``, by the target tensor's name, as arrays or as matrices; they replace the
+            fresh ones.
     """
 
     expansions: Mapping[str, Expansion]
@@ -131,7 +167,7 @@ class GrowthOperator:
     norm_factors: Mapping[str, float] = field(default_factory=dict)
     untied: tuple[str, ...] = ()
     fresh: Fresh = Fresh()
-    residual: Mapping[str, Array] = field(default_factory=dict)
+    residual: Mapping[str, Array | Matrix] = field(default_factory=dict)
 
     # --- the equation ----------------------------------------------------------------------------------------------
 
@@ -145,15 +181,32 @@ class GrowthOperator:
         Returns:
             An array of ``target.shape``, in the source's namespace and dtype.
         """
-        W = self.blended(target, source)
-        widened, Z = self.widened(target, W, source), self.residual_of(target, W)
-        return widened if Z is None else widened + Z
+        blended = [self.blended(target, source, term) for term in self.terms(target)]
+        widened = [self.widened(target, W, source, term) for W, term in zip(blended, self.terms(target), strict=True)]
+        Z = self.residual_of(target, blended[0])
+        return sum(widened[1:], widened[0]) if Z is None else sum(widened, Z)
 
-    def blended(self, target: Tensor, source: Source) -> Array:
-        """``sum_j w[t,j] W_j``: the depth blend of the target's slot."""
+    def terms(self, target: Tensor) -> list[Term]:
+        """The terms ``r`` of a tensor's sum: for each space that it writes and that has terms, which one is meant.
+
+        A tensor that nothing tells apart by term has one term with every space whole.
+        """
+        layout, at = target.parameter.parsed, place(target)
+        counts = {space: len(self.expansion(space, at=at).terms) for space in sorted(layout.written_spaces())}
+        counts = {space: count for space, count in counts.items() if count}
+        read_apart = any(self.expansion(space, at=at).terms for space in layout.read_spaces())
+        blended_apart = target.stack is not None and np.ndim(self.blend_of(target)) == 3
+        if not counts or not (read_apart or blended_apart):
+            return [Term()]
+        picks = product_of(*map(range, counts.values()))
+        return [Term(dict(zip(counts, pick, strict=True)), max(pick)) for pick in picks]
+
+    def blended(self, target: Tensor, source: Source, term: Term = Term()) -> Array:
+        """``sum_j w[r,t,j] W_j``: the depth blend of the target's slot."""
         if target.stack is None:
             return self._folded(target, source, None)
-        row = self.blend_of(target)[target.layer]
+        w = self.blend_of(target)
+        row = (w[term.r or 0] if np.ndim(w) == 3 else w)[target.layer]
         layers = np.flatnonzero(row) if isinstance(row, np.ndarray) else range(len(row))
         row = row.tolist() if isinstance(row, np.ndarray) else row  # Python's numbers leave the element type alone
         if len(layers) == 0:
@@ -161,11 +214,11 @@ class GrowthOperator:
         terms = [self._folded(target, source, int(j)) for j in layers]
         return sum((row[j] * W for j, W in zip(layers[1:], terms[1:], strict=True)), _times(row[layers[0]], terms[0]))
 
-    def widened(self, target: Tensor, W: Array, source: Source) -> Array:
-        """``B W A^T``: each axis of ``W`` mapped by the matrix of its space."""
+    def widened(self, target: Tensor, W: Array, source: Source, term: Term = Term()) -> Array:
+        """``B_r W A_r^T``: each axis of ``W`` mapped by the matrix of its space."""
         layout = target.parameter.parsed
         for axis, role in enumerate(layout.roles):
-            W = self._scaled(target, W) if role == "scale" else self.axis_matrix(target, axis).apply(W, axis)
+            W = self._scaled(target, W) if role == "scale" else self.axis_matrix(target, axis, term=term).apply(W, axis)
         if self._needs_fold(target):  # the writer's rows were folded with the layer scale; divide the grown one out
             scale = self._layer_scale(target, source)
             # Where the scale is zero so is the folded row, and any row would do.
@@ -179,12 +232,13 @@ class GrowthOperator:
         see: ``Z = N - N C A^T``, so that ``Z C = 0``.
         """
         if target.name in self.residual:
-            return self.residual[target.name]
+            Z = self.residual[target.name]
+            return namespace(W).asarray(Z.as_matrix(), dtype=W.dtype) if isinstance(Z, Matrix) else Z
         layout = target.parameter.parsed
         if not layout.reads:
             return None
         null = [a for a, role in enumerate(layout.roles) if role == "read" and self._reads_fresh(layout.axes[a])]
-        free = np.full(target.shape, self.fresh.reference == "init")
+        free = np.full(target.shape, self.fresh.anew)
         for a, role in enumerate(layout.roles):
             unused = self._unused(target, a, ("write", "both") if role == "write" else ("both",))
             free |= _along(unused, a, free)
@@ -194,27 +248,32 @@ class GrowthOperator:
         N = self.fresh.draw(target.name, W, target.shape) * self.fresh.std(W)
         unseen = N if null else 0 * N
         for a in null:
-            A, C = self.axis_matrix(target, a), self.axis_matrix(target, a, "seen")
-            unseen = _quieted(unseen, A, a)
-            unseen = unseen - A.apply(C.mT.apply(unseen, a), a)
+            unseen = _unseen(unseen, self.axis_matrix(target, a), self.axis_matrix(target, a, "seen"), a)
         return xp.where(xp.asarray(free, device=W.device), N, unseen) if free.any() else unseen
 
     # --- the matrices of a tensor ----------------------------------------------------------------------------------
 
-    def axis_matrix(self, target: Tensor, axis: int, side: Side | None = None) -> Matrix:
+    def axis_matrix(self, target: Tensor, axis: int, side: Side | None = None, *, term: Term = Term()) -> Matrix:
         """The matrix of one axis of a tensor: a Kronecker product of its spaces' matrices, or a concatenation.
 
         Args:
             target: The tensor.
             axis: Which of its axes, in storage order.
             side: Which matrix; None takes what the axis's role asks for.
+            term: Which term of the sum.
         """
         layout = target.parameter.parsed
         role = layout.roles[axis]
         chosen: Side = side or {"write": "write", "read": "read"}.get(role, "seen")  # type: ignore[assignment]
         if role in ("write", "read") and target.owner.through is None and chosen == "seen":
             chosen = "write"  # read without a norm: what is seen is what was written
-        matrix = self.matrix(chosen, layout.axes[axis], target.parameter.bases)
+
+        def leaf(space: str, expansion: Expansion) -> Matrix:
+            r = term.writes.get(space) if role == "write" else term.r if role == "read" else None
+            matrix: Matrix = getattr(expansion.term(r), chosen)
+            return matrix
+
+        matrix = self._composed(layout.axes[axis], target.parameter.bases, leaf, place(target))
         if role in ("scale", "shift"):
             return scaled(matrix, self.norm_factors.get(norm_key(target.stack, target.owner.name), 1.0))
         if role == "read" and target.owner.through is not None and not self._is_tied(target):
@@ -224,27 +283,46 @@ class GrowthOperator:
 
     def matrix(self, side: Side, axis: Axis, bases: Sequence[str] = ()) -> Matrix:
         """The matrix of an axis on one side, composed from its spaces."""
-        return self._composed(axis, bases, lambda expansion: getattr(expansion, side))
+        return self._composed(axis, bases, lambda space, expansion: getattr(expansion, side))
 
-    def _composed(self, axis: Axis, bases: Sequence[str], leaf: Callable[[Expansion], Matrix]) -> Matrix:
-        """The matrix of an axis, given what each expansion contributes."""
-        for basis in bases if len(bases) == 1 else ():
-            if f"{axis}[{basis}]" in self.expansions:
-                return leaf(self.expansions[f"{axis}[{basis}]"])
+    def expansion(self, name: str, bases: Sequence[str] = (), at: str | None = None) -> Expansion:
+        """The expansion of a space, or of a whole axis: the most specific there is.
+
+        Args:
+            name: The space, or the axis as it is written.
+            bases: The bases of the head axis it stands in; where they are several, none is meant.
+            at: The target layer, ``stack/number``.
+
+        Raises:
+            KeyError: Where there is none.
+        """
+        based = [f"{name}[{bases[0]}]"] if len(bases) == 1 else []
+        keys = [f"{key}@{at}" for key in (*based, name)] + [*based, name]
+        return next((self.expansions[key] for key in keys if key in self.expansions), None) or self.expansions[name]
+
+    def _composed(
+        self, axis: Axis, bases: Sequence[str], leaf: Callable[[str, Expansion], Matrix], at: str | None = None
+    ) -> Matrix:
+        """The matrix of an axis, given what each space's expansion contributes."""
+        if not isinstance(axis, Leaf):
+            with suppress(KeyError):
+                return leaf(str(axis), self.expansion(str(axis), bases, at))
         match axis:
             case Leaf(space):
-                return leaf(self.expansions[space])
+                return leaf(space, self.expansion(space, bases, at))
             case Fixed(size):
                 return Identity(size)
             case Concatenation(segments):
                 own = [(basis,) for basis in bases] if len(bases) == len(segments) else [tuple(bases)] * len(segments)
-                return block_diagonal(*(self._composed(s, b, leaf) for s, b in zip(segments, own, strict=True)))
-            case Product((Fixed(size), *rest)) if size == len(bases):
-                return block_diagonal(*(self._composed(product(*rest), (basis,), leaf) for basis in bases))
+                return block_diagonal(*(self._composed(s, b, leaf, at) for s, b in zip(segments, own, strict=True)))
+            case Product(factors) if Fixed(len(bases)) in factors:
+                first = factors.index(Fixed(len(bases)))
+                outer, segment = factors[:first], product(*factors[:first], *factors[first + 1 :])
+                blocks = [self._composed(segment, (basis,), leaf, at) for basis in bases]
+                runs = [self._composed(product(*outer), (basis,), leaf, at).shape for basis in bases] if outer else []
+                return interleaved(*blocks, runs=runs[0]) if runs else block_diagonal(*blocks)
             case Product(factors):
-                if len(bases) > 1 and any(f"{f}[{b}]" in self.expansions for f in factors for b in bases):
-                    raise InvalidTarget(f"the axis {axis} interleaves {', '.join(bases)}, which grow differently here")
-                return kronecker(*(self._composed(factor, bases, leaf) for factor in factors))
+                return kronecker(*(self._composed(factor, bases, leaf, at) for factor in factors))
 
     def blend_of(self, target: Tensor) -> Any:
         """``w`` of the target's slot, ``(L2, L1)``."""
@@ -252,7 +330,13 @@ class GrowthOperator:
 
     def layer_map(self, stack: str) -> list[int]:
         """For each target layer of ``stack`` the source layer with the largest weight."""
-        return [int(j) for j in np.asarray(self.blend[stack]).argmax(axis=1)]
+        w = np.asarray(self.blend[stack])
+        return [int(j) for j in (w if w.ndim == 2 else w[0]).argmax(axis=1)]
+
+    def depth(self, stack: str) -> tuple[int, int]:
+        """``(L2, L1)`` of a stack."""
+        deep, shallow = self.blend[stack].shape[-2:]
+        return deep, shallow
 
     def read_matrix(self, space: str, through: str | None = None) -> Matrix:
         """The matrix an output that lives in ``space`` is brought back with: ``A^T``, ``(d, D)``."""
@@ -271,21 +355,23 @@ class GrowthOperator:
     def _unused(self, target: Tensor, axis: int, sides: Sequence[str]) -> np.ndarray:
         """``(D,)`` booleans: the entries of an axis that are new in some space whose new entries are free."""
 
-        def leaf(expansion: Expansion) -> Matrix:
+        def leaf(space: str, expansion: Expansion) -> Matrix:
             return expansion.write if expansion.fresh in sides else Identity(expansion.write.shape[0])
 
         parameter = target.parameter
-        unused: np.ndarray = ~self._composed(parameter.parsed.axes[axis], parameter.bases, leaf).support
+        axes = parameter.parsed.axes
+        unused: np.ndarray = ~self._composed(axes[axis], parameter.bases, leaf, place(target)).support
         return unused
 
     def _scaled(self, target: Tensor, W: Array) -> Array:
         (axis,) = target.parameter.parsed.axes
         (space,) = spaces_of(axis)
-        fill = 1.0 if self.fresh.reference == "init" else None
+        expansion = self.expansion(space, target.parameter.bases, place(target))
+        fill = 1.0 if self.fresh.anew else None
         if target.parameter.module == "layer_scale":
-            return norms.grown_layer_scale(self.expansions[space], W, fill)
+            return norms.grown_layer_scale(expansion, W, fill)
         factor = self.norm_factors.get(norm_key(target.stack, target.owner.name), 1.0)
-        return norms.grown_scale(self.expansions[space], W, fill, factor)
+        return norms.grown_scale(expansion, W, fill, factor)
 
     def _needs_fold(self, target: Tensor) -> bool:
         """Whether a layer scale multiplies what this tensor writes, by a matrix that mixes channels."""
@@ -330,16 +416,26 @@ class GrowthOperator:
                 "gain": e.gain,
                 "variance": e.variance,
                 "fresh": e.fresh,
+                "terms": [
+                    [to_state(B, arrays, f"{key}.{r}.write"), to_state(A, arrays, f"{key}.{r}.read")]
+                    for r, (B, A) in enumerate(e.terms)
+                ],
             }
             for key, e in self.expansions.items()
         }
         arrays |= {f"blend.{key}": np.asarray(w) for key, w in self.blend.items()}
-        arrays |= {f"residual.{name}": np.asarray(Z) for name, Z in self.residual.items()}
+        residual: dict[str, dict[str, Any] | None] = {}
+        for name, Z in self.residual.items():
+            if isinstance(Z, Matrix):
+                residual[name] = to_state(Z, arrays, f"residual.{name}")
+            else:
+                residual[name] = None
+                arrays[f"residual.{name}"] = np.asarray(Z)
         structure = {
             "format": OPERATOR_FORMAT,
             "expansions": expansions,
             "blend": sorted(self.blend),
-            "residual": sorted(self.residual),
+            "residual": residual,
             "norm_factors": dict(self.norm_factors),
             "untied": list(self.untied),
             "fresh": vars(self.fresh),
@@ -369,6 +465,7 @@ class GrowthOperator:
                         gain=state["gain"],
                         variance=state["variance"],
                         fresh=state["fresh"],
+                        terms=tuple((from_state(B, arrays), from_state(A, arrays)) for B, A in state.get("terms", ())),
                     )
                     for key, state in structure["expansions"].items()
                 },
@@ -376,7 +473,10 @@ class GrowthOperator:
                 norm_factors=structure["norm_factors"],
                 untied=tuple(structure["untied"]),
                 fresh=Fresh(**structure["fresh"]),
-                residual={name: arrays[f"residual.{name}"] for name in structure["residual"]},
+                residual={
+                    name: arrays[f"residual.{name}"] if state is None else from_state(state, arrays)
+                    for name, state in structure["residual"].items()
+                },
             )
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise GrowkitError(f"{path}: not a growth operator that growkit saved ({error})") from None
@@ -391,7 +491,16 @@ def _times(factor: Any, W: Array) -> Array:
     return W if isinstance(factor, float) and factor == 1 else factor * W
 
 
-def _quieted(N: Array, A: Matrix, axis: int) -> Array:
-    """Noise in the scale of the reader's own entries: a reader whose columns are shared out has smaller ones."""
-    share = float(np.abs(A.mT.apply(np.ones(A.shape[0]))).mean() / max(A.support.sum() / A.shape[1], 1))
-    return N * share if share < 1 else N
+def _unseen(N: Array, A: Matrix, C: Matrix, axis: int) -> Array:
+    """``N - N C A^T``: the part of noise that readers of ``C x`` do not see, in the scale of their own entries.
+
+    A reader whose columns are shared out has smaller entries. Where copies share, only differences between them are
+    unseen, of which there are ``D - d``; the entries that can hold noise have together the variance that they were
+    drawn with.
+    """
+    D, d = C.shape
+    share = float(np.abs(A.mT.apply(np.ones(D))).mean() / max(A.support.sum() / d, 1))
+    probe = np.random.default_rng(0).standard_normal(D)
+    free = int((~np.isclose(A.apply(C.mT.apply(probe)), probe)).sum())
+    scale = min(share, 1.0) * (free / (D - d)) ** 0.5 if D > d else 0.0
+    return (N - A.apply(C.mT.apply(N, axis), axis)) * scale

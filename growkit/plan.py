@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from math import ceil
@@ -12,12 +12,12 @@ from zlib import crc32
 
 import numpy as np
 
-from growkit.methods import SpaceGrowth, chosen
-from growkit.methods.registry import Method, norms_over
+from growkit.matrices import scaled
+from growkit.methods import Depth, Method, Refinement, SpaceGrowth, chosen
 from growkit.model import Model
 from growkit.operator import Expansion, Fresh, GrowthOperator, norm_key, unchanged
-from growkit.verdict import Verdict, tie_factor, variances, verdict, writer_keys
-from growkit_specs import InvalidTarget, LayerGraph, Recipe, Target, evaluate
+from growkit.verdict import Verdict, tie_factor, variances, verdict
+from growkit_specs import InvalidTarget, LayerGraph, LayerMap, Recipe, Target, evaluate, fresh_scale, layer_maps
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,18 @@ class Plan:
         target: The grown model's graph.
         operator: The operator that takes one to the other.
         recipe: The request it answers.
+        new_layers: For each stack that deepens, the target layers whose source is used below already.
+        trainable: The tensors to train at first, where the method trains what is new alone; empty for all of them.
+        training: What the methods' papers say of training on.
     """
 
     source: LayerGraph
     target: LayerGraph
     operator: GrowthOperator
     recipe: Recipe
+    new_layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    trainable: tuple[str, ...] = ()
+    training: tuple[str, ...] = ()
 
     @property
     def method(self) -> str:
@@ -70,13 +76,17 @@ class Plan:
                 for port in self.source.outputs
                 if port.space and self.operator.expansions[port.space].grows
             ],
+            "layers_from": {stack: self.operator.layer_map(stack) for stack in self.source.depths},
+            "new_layers": {stack: list(layers) for stack, layers in self.new_layers.items()},
+            "trainable": list(self.trainable),
+            "training": list(self.training),
             "parameters": [{"slot": key, "source_shape": old, "target_shape": new} for key, old, new in self.changes()],
         }
 
 
 def summary(graph: LayerGraph) -> dict[str, Any]:
     """Sizes, depths, parameters, bytes and FLOPs per token of a graph."""
-    from growkit.grow import dtype_of
+    from growkit.weights import dtype_of
 
     return {
         "spaces": graph.sizes,
@@ -100,8 +110,11 @@ def plan(
     *,
     method: str = "lossless",
     seed: int = 0,
-    fresh: float | None = None,
+    fresh: float | str | None = None,
     like: LayerGraph | None = None,
+    layers_from: str | LayerMap | Mapping[str, str | LayerMap] | None = None,
+    residual_scale: float | None = None,
+    score_scale: float | None = None,
     **sizes: Any,
 ) -> Plan:
     """Plan a growth.
@@ -109,50 +122,62 @@ def plan(
     Args:
         model: The source.
         target: The sizes asked for; or name them as keywords: ``hidden=768, layers="2x"``.
-        method: A method's name, or ``width=NAME,depth=NAME``.
+        method: A method's name, or ``width=NAME,depth=NAME``; options stand behind a name, ``stack:part=back``.
         seed: The seed of the fresh entries and of methods that draw.
-        fresh: The scale of fresh entries, as a multiple of the trained ones' standard deviation; None takes the
-            method's own.
+        fresh: The scale of fresh entries, as a multiple of the standard deviation that the method refers to, or in
+            decibels below it (``"10dB"``); None takes the method's own.
         like: A graph whose sizes to grow to; ``sizes`` given beside it come first.
+        layers_from: An explicit layer map in place of the depth method's: source layers, ``"0,1,2,2,3"``, or half-open
+            ranges of them, ``"0:4,2:6"``; by stack where there are several.
+        residual_scale: A factor on what repeated layers write into the stream; 0 makes them the identity where the
+            norm comes first.
+        score_scale: A factor on the attention scores of repeated layers.
         sizes: ``hidden heads kv_heads head_dim ffn layers vocab positions``, absolute (``768``) or relative
             (``"1.5x"``). What is not named follows: head_dim stays, heads and ffn follow hidden in ratio.
 
     Raises:
-        InvalidTarget: Where the sizes cannot be, with the nearest that can; or the method cannot.
+        InvalidTarget: Where the sizes cannot be, with the nearest that can; or the method cannot, with others that can.
     """
     source = model.graph
     target = target or Target.of(**sizes)
+    maps = layer_maps(layers_from, source.depths)
     request = {**(_sizes_of(like, source) if like else {}), **target.requested()}
-    new_sizes, depths = resolve(source, request)
+    new_sizes, new_depths = resolve(source, request)
+    if "layers" in request and any(len(m) != new_depths[name] for name, m in maps.items()):
+        name = next(name for name, m in maps.items() if len(m) != new_depths[name])
+        raise InvalidTarget(f"layers_from names {len(maps[name])} layers for {name}, layers={request['layers']}")
     widens = any(new_sizes[space] > size for space, size in source.sizes.items())
-    deepens = any(depths[name] > depth for name, depth in source.depths.items())
+    deepens = any(new_depths[name] > depth and name not in maps for name, depth in source.depths.items())
     wide, deep = chosen(method, widens=widens, deepens=deepens)
+    depths = _depths(source, new_depths, maps, deep, residual_scale, score_scale)
     init_std = float(source.attributes.get("initializer_range") or 0.02)
+    scale = wide.fresh if fresh is None else fresh_scale(fresh)
     operator = GrowthOperator(
         expansions=_expansions(source, new_sizes, wide, seed),
-        blend=_blend(source, depths, deep),
-        fresh=Fresh(seed, wide.fresh if fresh is None else fresh, wide.reference, init_std),
+        blend=_blend(source, depths, next_layer=widens and wide.next_layer),
+        fresh=Fresh(seed, scale, wide.reference, init_std, wide.anew),
     )
-    operator = _with_ties(source, operator)
+    operator = _with_ties(source, _with_scores(source, operator, depths))
+    if deepens and deep.refine is not None:
+        deepened = {name: depth for name, depth in depths.items() if name not in maps}
+        operator = deep.refine(Refinement(model, operator, target_graph(source, operator), deepened))
     recipe = Recipe(
         source=str(getattr(model.origin, "path", None) or source.attributes.get("class") or source.architecture),
         target=Target.of(**request),
         method=method,
         seed=seed,
         fresh=fresh,
+        layers_from=maps or None,
+        residual_scale=residual_scale,
+        score_scale=score_scale,
     )
     grown = target_graph(source, operator)
-    _refuse_unmappable(grown, operator)
     model.adapter.resized(model.origin, grown, operator)  # refuses sizes that the format cannot express
-    return Plan(source, grown, operator, recipe)
-
-
-def _refuse_unmappable(grown: LayerGraph, operator: GrowthOperator) -> None:
-    """Refuse a target of which some axis has no matrix, before any weight is touched."""
-    for tensor in grown.tensors(tied=True):
-        if tensor.layer in (None, 0):
-            for axis in range(len(tensor.shape)):
-                operator.axis_matrix(tensor, axis)
+    new_layers = {name: depth.repeats for name, depth in depths.items()}
+    alone = [t.name for t in grown.tensors() if t.layer in new_layers.get(str(t.stack), ())] if deep.trains_new else []
+    used = [m for m, grows in ((wide, widens), (deep, deepens)) if grows]
+    training = tuple(dict.fromkeys(rule for m in used for rule in m.training))
+    return Plan(source, grown, operator, recipe, new_layers, tuple(alone) if deepens else (), training)
 
 
 def target_graph(source: LayerGraph, operator: GrowthOperator) -> LayerGraph:
@@ -165,7 +190,7 @@ def target_graph(source: LayerGraph, operator: GrowthOperator) -> LayerGraph:
         if space not in operator.expansions or operator.expansions[space].write.shape[1] != size:
             raise InvalidTarget(f"the operator does not grow a model whose {space} is {size}")
     for stack, depth in source.depths.items():
-        if stack not in operator.blend or operator.blend[stack].shape[1] != depth:
+        if stack not in operator.blend or operator.depth(stack)[1] != depth:
             raise InvalidTarget(f"the operator does not grow a model with {depth} layers in {stack}")
     epsilons = {}
     for _, layer in source.walk():
@@ -175,7 +200,7 @@ def target_graph(source: LayerGraph, operator: GrowthOperator) -> LayerGraph:
             epsilons[key] = float(layer.attributes["epsilon"] or 0) * ratios[0]
     return source.resized(
         {space: operator.expansions[space].write.shape[0] for space in source.sizes},
-        {stack: operator.blend[stack].shape[0] for stack in source.depths},
+        {stack: operator.depth(stack)[0] for stack in source.depths},
         untied=operator.untied,
         epsilons=epsilons,
     )
@@ -184,17 +209,18 @@ def target_graph(source: LayerGraph, operator: GrowthOperator) -> LayerGraph:
 def _expansions(source: LayerGraph, sizes: Mapping[str, int], method: Method, seed: int) -> dict[str, Expansion]:
     expansions = {space: unchanged(size) for space, size in source.sizes.items()}
     for space, size in source.sizes.items():
-        if sizes[space] > size or method.reference == "init":
-            assert method.width is not None
-            rng = np.random.default_rng([seed, crc32(space.encode())])
+        if sizes[space] > size or method.anew:
+            # A space that is another one by another name is drawn as that one is, so that what ties them stays.
+            drawn_as = str(source.attributes.get(f"follows:{space}") or space)
+            rng = np.random.default_rng([seed, crc32((drawn_as if drawn_as in source.sizes else space).encode())])
             growth = SpaceGrowth(source, space, size, sizes[space], rng, _keeps_epsilon(source, sizes, space))
-            expansions.update(method.width(growth))
+            expansions.update(method.widened(growth))
     return expansions
 
 
 def _keeps_epsilon(source: LayerGraph, sizes: Mapping[str, int], space: str) -> bool:
     """Whether epsilon cannot follow: norms that share its config key see another variance, or it is no config key."""
-    keys = {layer.attributes.get("epsilon_key") for layer in norms_over(source, space)}
+    keys = {layer.attributes.get("epsilon_key") for layer in source.norms_over(space)}
     if None in keys:
         return True
     sharing = {
@@ -208,24 +234,67 @@ def _keeps_epsilon(source: LayerGraph, sizes: Mapping[str, int], space: str) -> 
 
 def _variance_ratio(source: LayerGraph, sizes: Mapping[str, int], space: str) -> Fraction:
     """What padding multiplies a norm's variance by; a LayerNorm whose output is written on is tiled, and keeps it."""
-    layers = norms_over(source, space)
+    layers = source.norms_over(space)
     stays = source.kinds[space] != "residual" or any(layer.is_post_norm for layer in layers)
     if stays and any(layer.attributes.get("norm") == "layer" for layer in layers):
         return Fraction(1)
     return Fraction(source.sizes[space], sizes[space])
 
 
-def _blend(source: LayerGraph, depths: Mapping[str, int], method: Method) -> dict[str, np.ndarray]:
+def _depths(
+    source: LayerGraph,
+    depths: Mapping[str, int],
+    maps: Mapping[str, LayerMap],
+    method: Method,
+    residual_scale: float | None,
+    score_scale: float | None,
+) -> dict[str, Depth]:
+    """How each stack that deepens does: by the map that was asked for, or by the method's."""
+    deepened: dict[str, Depth] = {}
+    for stack in source.stacks:
+        if stack.name in maps:
+            deepened[stack.name] = Depth(maps[stack.name])
+        elif depths[stack.name] > stack.depth:
+            assert method.depth is not None
+            deepened[stack.name] = method.depth(stack, depths[stack.name])
+    return {name: depth.attenuated(residual_scale, score_scale) for name, depth in deepened.items()}
+
+
+def _blend(source: LayerGraph, depths: Mapping[str, Depth], *, next_layer: bool) -> dict[str, np.ndarray]:
+    """``w`` of every stack, and of the slots where it differs.
+
+    Args:
+        source: The source.
+        depths: How its stacks deepen.
+        next_layer: Whether the sum's second term takes the layer above the one that the first takes (AKI).
+    """
     blend: dict[str, np.ndarray] = {}
     for stack in source.stacks:
-        blend[stack.name] = np.eye(stack.depth)
-        if depths[stack.name] > stack.depth:
-            assert method.depth is not None
-            deepened = method.depth(stack, depths[stack.name])
-            blend[stack.name] = deepened.blend(stack.depth)
-            if any(deepened.silent):
-                blend |= dict.fromkeys(writer_keys(source, stack), deepened.writers_blend(stack.depth))
+        L1 = stack.depth
+        depth = depths.get(stack.name) or Depth(tuple(range(L1)))
+        above = np.eye(L1)[[min(j + 1, L1 - 1) for j in range(L1)]]
+        w, writers = (
+            np.stack([each, each @ above]) if next_layer else each for each in (depth.blend(L1), depth.writers_blend(L1))
+        )
+        blend[stack.name] = replace(depth, new=frozenset()).blend(L1) if depth.new else w
+        if depth.new:
+            blend |= dict.fromkeys((key for key, _ in stack.slots()), w)
+        if not np.array_equal(w, writers):
+            blend |= dict.fromkeys(source.writer_keys(stack), writers)
     return blend
+
+
+def _with_scores(source: LayerGraph, operator: GrowthOperator, depths: Mapping[str, Depth]) -> GrowthOperator:
+    """Scores of single layers multiplied by a factor: the query takes it, or the norm it goes through."""
+    expansions = dict(operator.expansions)
+    for name, depth in depths.items():
+        for t, factor in enumerate(depth.scores):
+            if factor != 1:
+                e = operator.expansion("head_dim", ("q",))
+                normed = bool(source.norms_over("head_dim"))
+                by = {"gain": e.gain / factor} if normed else {"write": scaled(e.write, factor)}
+                expansions[f"head_dim[q]@{name}/{t}"] = replace(e, **by)  # type: ignore[arg-type]
+    return replace(operator, expansions=expansions)
 
 
 def _with_ties(source: LayerGraph, operator: GrowthOperator) -> GrowthOperator:
@@ -237,7 +306,7 @@ def _with_ties(source: LayerGraph, operator: GrowthOperator) -> GrowthOperator:
             if parameter.tied_to is None or not parameter.parsed.reads:
                 continue
             factor = tie_factor(source, operator, parameter.name)
-            if factor is None and operator.fresh.reference != "init":
+            if factor is None and not operator.fresh.anew:
                 untied.append(parameter.name)
             elif factor is not None and not np.isclose(factor, 1, rtol=1e-12):
                 factors[norm_key(stack, layer.through)] = factor

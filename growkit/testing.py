@@ -21,7 +21,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from growkit.adapters import Forward
-from growkit.grow import dtype_of
+from growkit.weights import dtype_of
 from growkit.matrices import (
     Array,
     Concatenation,

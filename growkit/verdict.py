@@ -15,7 +15,7 @@ import numpy as np
 from growkit import norms
 from growkit.matrices import Matrix
 from growkit.operator import Expansion, GrowthOperator, norm_key
-from growkit_specs import Layer, LayerGraph, Stack, parse_layout
+from growkit_specs import Layer, LayerGraph, Stack, Tensor, parse_layout
 
 _PROBES = 4
 _TOLERANCE = 1e-9
@@ -76,7 +76,9 @@ class _Examination:
     def reasons(self) -> Iterator[Reason]:
         for space, size in self.graph.sizes.items():
             expansion = self.operator.expansions[space]
-            variants = [e for key, e in self.operator.expansions.items() if key.startswith(f"{space}[")]
+            variants = [
+                e for key, e in self.operator.expansions.items() if key.startswith(f"{space}[") and "@" not in key
+            ]
             if not any(e.grows for e in (expansion, *variants)):
                 continue
             yield from self.rotary_length(space, expansion)
@@ -99,8 +101,11 @@ class _Examination:
         yield from self.ties()
         for stack in self.graph.stacks:
             yield from self.depth(stack)
-        if self.operator.residual:
-            yield Reason("no residual", False, "the operator adds learned entries that readers see")
+            yield from self.own_expansions(stack)
+        unseen = {f"{stack.name}/{t}" for stack in self.graph.stacks for t in np.flatnonzero(self.silent(stack))}
+        target = {t.name: f"{t.stack}/{t.layer}" for t in target_tensors(self.graph, self.operator)}
+        if any(target.get(name) not in unseen for name in self.operator.residual):
+            yield Reason("no residual", False, "the operator adds entries of its own that readers see")
 
     def is_used(self, space: str) -> bool:
         return any(space in p.parsed.spaces for _, layer in self.graph.walk() for p in layer.parameters)
@@ -113,7 +118,7 @@ class _Examination:
 
     def norms(self, space: str, e: Expansion, change: str) -> Iterator[Reason]:
         """E4, E5: ``norm(B x) = gain * C norm(x)``, and epsilon can follow."""
-        layers = self.norms_over(space)
+        layers = self.graph.norms_over(space)
         kinds = {str(layer.attributes.get("norm")) for layer in layers}
         d, D = e.write.shape[1], e.write.shape[0]
         for kind in sorted(kinds):
@@ -164,7 +169,7 @@ class _Examination:
         """E6, E7: queries, keys and values keep their heads together, in every basis and over a whole axis."""
         for key, e in self.operator.expansions.items():
             axis, bracket, basis = key.rstrip("]").partition("[")
-            if not bracket or axis == "head_dim":
+            if not bracket or axis == "head_dim" or "@" in key:
                 continue
             rest = {other: kept for other, kept in self.operator.expansions.items() if other != key}
             composed = replace(self.operator, expansions=rest)
@@ -183,7 +188,7 @@ class _Examination:
         """Half types keep the function up to the rounding of what was scaled or averaged."""
         halves = {p.dtype for _, layer in self.graph.walk() for p in layer.parameters} & {"float16", "bfloat16"}
         moved = e.write.is_gather and np.log2(e.gain).is_integer()
-        if halves and not moved and self.norms_over(space):
+        if halves and not moved and self.graph.norms_over(space):
             what = f"norm scales times {1 / e.gain:.6g}" + ("" if e.write.is_gather else " and the writers' new rows")
             yield Reason(f"rounding over {space}", True, f"{what} are rounded to {', '.join(sorted(halves))}")
 
@@ -205,7 +210,7 @@ class _Examination:
     def scores(self, d: int, D: int) -> Reason:
         """E6, E8: query-key products, and the scale the model divides them by."""
         rotary = any(layer.attributes.get("rope") for _, layer in self.graph.walk())
-        normed = bool(self.norms_over("head_dim"))
+        normed = bool(self.graph.norms_over("head_dim"))
         if d != D and (rotary or normed):
             why = "rotary frequencies depend on head_dim" if rotary else "the query-key norm sees other entries"
             return Reason("head_dim: attention scores", False, f"head_dim {d} to {D}: {why}")
@@ -229,7 +234,7 @@ class _Examination:
         )
 
     def readers(self, space: str, e: Expansion, change: str) -> Reason:
-        """E1: ``A^T C = 1`` through norms, ``A^T B = 1`` elsewhere."""
+        """E1: ``A^T C = 1`` through norms, ``A^T B = 1`` elsewhere; in every term, where the map is a sum of them."""
         x = self.probes(e.write.shape[1])
         direct = any(
             space in p.parsed.read_spaces()
@@ -239,7 +244,9 @@ class _Examination:
             for p in layer.parameters
         ) or any(port.space == space and port.through is None for port in self.graph.outputs)
         seen = [e.seen] + ([e.write] if direct else [])
-        holds = all(_close(e.read.mT.apply(matrix.apply(x, 1), 1), x) for matrix in seen)
+        reads = [e.read, *(read for _, read in e.terms)]
+        holds = all(_close(A.mT.apply(matrix.apply(x, 1), 1), x) for matrix in seen for A in reads)
+        holds &= not e.terms or _close(sum(B.apply(x, 1) for B, _ in e.terms), e.write.apply(x, 1))
         return Reason(
             f"{space}: readers", holds, f"{change}: what is read {'is' if holds else 'is not'} what was written"
         )
@@ -266,17 +273,14 @@ class _Examination:
 
     def depth(self, stack: Stack) -> Iterator[Reason]:
         """E10: the source's layers in order, each once, and between them blocks that write nothing."""
-        w = np.asarray(self.operator.blend[stack.name])
-        others = [np.asarray(each) for key, each in self.operator.blend.items() if key.startswith(f"{stack.name}/")]
-        if all(np.array_equal(each, np.eye(stack.depth)) for each in (w, *others)):
+        L2, L1 = self.operator.depth(stack.name)
+        blends = [blend for blend in self.slot_blends(stack).values()]
+        if all(np.array_equal(w, np.eye(L1)) for w in blends):
             return
-        writers = [np.asarray(self.operator.blend.get(key, w)) for key in writer_keys(self.graph, stack)]
-        silent = np.all([(each == 0).all(1) for each in writers], axis=0) if writers else np.zeros(len(w), dtype=bool)
+        silent = self.silent(stack)
         awake = np.flatnonzero(~silent)
-        change = f"{stack.depth} to {len(w)} layers"
-        in_order = len(awake) == stack.depth and all(
-            np.array_equal(each[awake], np.eye(stack.depth)) for each in [w, *others]
-        )
+        change = f"{L1} to {L2} layers" if L1 != L2 else f"{L1} layers"
+        in_order = len(awake) == L1 and all(np.array_equal(w[awake], np.eye(L1)) for w in blends)
         detail = (
             "the source's layers in order, identity blocks between"
             if in_order
@@ -290,14 +294,54 @@ class _Examination:
                 f"{change}: a block that writes nothing still normalises the stream after the residual addition",
             )
 
-    # --- what the rules ask of the model ---------------------------------------------------------------------------
+    def own_expansions(self, stack: Stack) -> Iterator[Reason]:
+        """Layers with matrices of their own: they matter where the layer writes anything."""
+        silent = self.silent(stack)
+        keys = [key.partition("@") for key in self.operator.expansions if f"@{stack.name}/" in key]
+        awake = sorted({(int(at.rpartition("/")[2]), name) for name, _, at in keys if not silent[int(at.split("/")[1])]})
+        for t, name in awake:
+            yield Reason(f"{stack.name} {t}: {name}", False, f"layer {t} maps {name} in a way of its own")
 
-    def norms_over(self, space: str) -> list[Layer]:
-        return [
-            layer
-            for _, layer in self.graph.walk()
-            if layer.kind == "norm" and any(space in p.parsed.spaces for p in layer.parameters)
-        ]
+    # --- what the rules ask of the operator ------------------------------------------------------------------------
+
+    def slot_blends(self, stack: Stack) -> dict[str, np.ndarray]:
+        """``w``, ``(L2, L1)``, of every slot of a stack, one for each term where terms differ."""
+        blends: dict[str, np.ndarray] = {}
+        for key, _ in stack.slots():
+            w = np.asarray(self.operator.blend.get(key, self.operator.blend[stack.name]))
+            blends |= {f"{key}/{r}": each for r, each in enumerate(w if w.ndim == 3 else w[None])}
+        return blends
+
+    def silent(self, stack: Stack) -> np.ndarray:
+        """``(L2,)`` booleans: the layers of which no branch writes anything into the stream.
+
+        Either what a branch writes with is zero, or its norm gives zeros and no bias adds to them.
+        """
+        writers = set(self.graph.writer_keys(stack))
+        by_layer = {layer.name: layer for layer in stack.layers}
+        silent = np.ones(self.operator.depth(stack.name)[0], dtype=bool)
+        for layer in stack.layers:
+            keys = {f"{stack.name}/{layer.name}/{p.slot}": p for p in layer.parameters}
+            if not writers & set(keys):
+                continue
+            norm = by_layer.get(str(layer.through))
+            vectors = [key for key, p in keys.items() if not p.parsed.reads and p.parsed.sign != "*"]
+            quiet = [f"{stack.name}/{norm.name}/{p.slot}" for p in norm.parameters] if norm is not None else []
+            unheard = self.zero(stack, [*quiet, *vectors]) if quiet else np.zeros_like(silent)
+            silent &= self.zero(stack, sorted(writers & set(keys))) | unheard
+        return silent if writers else np.zeros_like(silent)
+
+    def zero(self, stack: Stack, keys: list[str]) -> np.ndarray:
+        """``(L2,)`` booleans: the layers in which every one of these slots is zero."""
+        zero = np.ones(self.operator.depth(stack.name)[0], dtype=bool)
+        names = {key: parameter.name for key, parameter in stack.slots()}
+        for key in keys:
+            w = np.asarray(self.operator.blend.get(key, self.operator.blend[stack.name]))
+            filled = [names[key].replace("{layer}", str(t)) in self.operator.residual for t in range(len(zero))]
+            zero &= (w.reshape(-1, *w.shape[-2:]) == 0).all(axis=(0, 2)) & ~np.asarray(filled)
+        return zero
+
+    # --- what the rules ask of the model ---------------------------------------------------------------------------
 
     def variances(self, epsilon_key: str) -> set[float]:
         return set(variances(self.graph, self.operator, epsilon_key))
@@ -313,17 +357,6 @@ def variances(graph: LayerGraph, operator: GrowthOperator, epsilon_key: str) -> 
         for _, layer in graph.walk()
         if layer.kind == "norm" and layer.attributes.get("epsilon_key") == epsilon_key
         for space in layer.parameters[0].parsed.spaces
-    ]
-
-
-def writer_keys(graph: LayerGraph, stack: Stack) -> list[str]:
-    """The keys of a stack's slots that write into the stream."""
-    residual = {space for space, kind in graph.kinds.items() if kind == "residual"}
-    return [
-        f"{stack.name}/{layer.name}/{parameter.slot}"
-        for layer in stack.layers
-        for parameter in layer.parameters
-        if parameter.parsed.written_spaces() & residual
     ]
 
 
@@ -347,6 +380,11 @@ def tie_factor(graph: LayerGraph, operator: GrowthOperator, name: str) -> float 
     if ratio == 0 or not _close(back, ratio * x):
         return None
     return 1.0 if head.owner.through is None and np.isclose(ratio, 1) else 1 / ratio if head.owner.through else None
+
+
+def target_tensors(graph: LayerGraph, operator: GrowthOperator) -> Iterator[Tensor]:
+    """The tensors of what an operator makes of a model; only their names and places count here."""
+    return graph.resized({}, {name: operator.depth(name)[0] for name in graph.depths}).tensors()
 
 
 def _silent_or_copied(e: Expansion, x: np.ndarray) -> bool:

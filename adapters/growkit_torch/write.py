@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from growkit.adapters import Adapter
-from growkit.grow import dtype_of
+from growkit.weights import dtype_of
 from growkit.matrices import Array
 from growkit.model import Model
 from growkit_specs import GrowkitError, LayerGraph, Recipe, Tensor

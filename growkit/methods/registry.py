@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
-from math import sqrt
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from math import ceil, sqrt
+from typing import Any, Literal
 
 import numpy as np
 
-from growkit.operator import Expansion
+from growkit.model import Model
+from growkit.operator import Expansion, GrowthOperator
 from growkit_specs import GrowkitError, InvalidTarget, Layer, LayerGraph
 from growkit_specs.layer_graph import SpaceKind, Stack
 
@@ -43,12 +45,26 @@ class SpaceGrowth:
     @cached_property
     def norms(self) -> tuple[Layer, ...]:
         """The norm layers over this space."""
-        return norms_over(self.graph, self.space)
+        return self.graph.norms_over(self.space)
 
     @property
-    def is_post_norm(self) -> bool:
-        """Whether a norm's output is itself the stream."""
-        return any(norm.is_post_norm for norm in self.norms)
+    def is_normed(self) -> bool:
+        """Whether norms, or the stream, constrain the maps of this space."""
+        return self.kind == "residual" or bool(self.norms)
+
+    @property
+    def is_written_on(self) -> bool:
+        """Whether a norm's output is itself what later layers add to, so that a reader sees what the norm gave."""
+        return self.kind != "residual" or any(norm.is_post_norm for norm in self.norms)
+
+    @property
+    def is_read_raw(self) -> bool:
+        """Whether something reads this space itself, and not through a norm."""
+        return any(
+            self.space in parameter.parsed.read_spaces() and layer.through is None
+            for _, layer in self.graph.walk()
+            for parameter in layer.parameters
+        )
 
     @property
     def is_layer_norm(self) -> bool:
@@ -61,19 +77,15 @@ class SpaceGrowth:
         return self.target / self.source
 
     @property
+    def is_whole(self) -> bool:
+        """Whether ``D`` is a multiple of ``d``."""
+        return self.target % self.source == 0
+
+    @property
     def score_gain(self) -> float:
         """What wider heads must multiply a score by: the model divides it by the root of head_dim, or by nothing."""
         kinds = [layer for _, layer in self.graph.walk() if layer.kind == "attention"]
         return sqrt(self.ratio) if any(layer.attributes.get("scale") != "none" for layer in kinds) else 1.0
-
-
-def norms_over(graph: LayerGraph, space: str) -> tuple[Layer, ...]:
-    """The norm layers whose scale or shift lives in ``space``."""
-    return tuple(
-        layer
-        for _, layer in graph.walk()
-        if layer.kind == "norm" and any(space in p.parsed.spaces for p in layer.parameters)
-    )
 
 
 @dataclass(frozen=True)
@@ -82,26 +94,61 @@ class Depth:
 
     Attributes:
         sources: For each target layer the source layer its weights come from.
-        silent: For each target layer whether what it writes into the stream is zero, which makes a pre-norm block the
-            identity.
+        writes: For each target layer a factor on what it writes into the stream: 1 where it is empty, and 0 makes a
+            pre-norm block the identity.
+        scores: For each target layer a factor on its attention scores; 1 where it is empty.
+        new: The target layers into which nothing of the source goes; ``refine`` says what they hold.
     """
 
     sources: tuple[int, ...]
-    silent: tuple[bool, ...] = field(default=())
+    writes: tuple[float, ...] = ()
+    scores: tuple[float, ...] = ()
+    new: frozenset[int] = frozenset()
+
+    @property
+    def repeats(self) -> tuple[int, ...]:
+        """The target layers whose source has been used below already: what deepening adds."""
+        return tuple(t for t, j in enumerate(self.sources) if j in self.sources[:t])
+
+    def attenuated(self, writes: float | None, scores: float | None) -> Depth:
+        """The same with factors on the repeated layers; None leaves them as they are."""
+
+        def on_repeats(factor: float | None, now: tuple[float, ...]) -> tuple[float, ...]:
+            if factor is None:
+                return now
+            return tuple(factor if t in self.repeats else 1.0 for t in range(len(self.sources)))
+
+        return replace(self, writes=on_repeats(writes, self.writes), scores=on_repeats(scores, self.scores))
 
     def blend(self, depth: int) -> np.ndarray:
         """``w``, ``(L2, L1)``, of the slots that do not write into the stream."""
-        return np.eye(depth)[list(self.sources)]
+        return np.eye(depth)[list(self.sources)] * ~np.isin(np.arange(len(self.sources)), list(self.new))[:, None]
 
     def writers_blend(self, depth: int) -> np.ndarray:
-        """``w``, ``(L2, L1)``, of the slots that write into the stream: the rows of silent layers are zero."""
-        silent = np.asarray(self.silent or (False,) * len(self.sources))
-        awake: np.ndarray = self.blend(depth) * ~silent[:, None]
-        return awake
+        """``w``, ``(L2, L1)``, of the slots that write into the stream."""
+        writes = np.asarray(self.writes or np.ones(len(self.sources)))
+        return self.blend(depth) * writes[:, None]
 
 
-WidthBuilder = Callable[[SpaceGrowth], Mapping[str, Expansion]]
-DepthBuilder = Callable[[Stack, int], Depth]
+@dataclass(frozen=True)
+class Refinement:
+    """What ``refine`` is given, once sizes, widths and layer maps are settled.
+
+    Attributes:
+        model: The source.
+        operator: The operator so far.
+        target: The graph of what it makes.
+        depths: How each stack that deepens does.
+    """
+
+    model: Model
+    operator: GrowthOperator
+    target: LayerGraph
+    depths: Mapping[str, Depth]
+
+
+WidthBuilder = Callable[..., Mapping[str, Expansion]]
+DepthBuilder = Callable[..., Depth]
 
 
 @dataclass(frozen=True)
@@ -113,25 +160,92 @@ class Method:
         summary: One line.
         exact_when: When the grown model computes the same function.
         paper: Where it was published, with a link; None where it was not.
-        width: Builds the expansions of a space that grows; None where the method does not widen.
-        depth: Builds the layer map of a stack; None where the method does not deepen.
+        use: What it is for: ``keep`` the function, or ``train`` on from a good start.
+        width: Builds the expansions of a space that grows, ``(growth, **options)``; None where it does not widen.
+        depth: Builds the layer map of a stack, ``(stack, depth, **options)``; None where it does not deepen.
+        refine: Adds to the finished operator what depends on the whole of it, or on the weights.
+        ratios: The width ratios it can do: ``any``, ``whole`` multiples, or ``double``.
+        copies: What becomes of copied units in training: ``none`` are made, they ``part``, or they ``stay`` equal for
+            as long as nothing outside the weights tells them apart (E12).
+        next_layer: Whether new units come from the layer above the one the old units come from.
         fresh: The default scale of fresh entries.
-        reference: What that scale is relative to; ``init`` draws every entry anew.
+        reference: What that scale is relative to.
+        anew: Whether every entry is fresh.
+        options: What can be set behind the name, ``stack:part=back``, and the defaults.
+        training: What the paper says of training on: rules, one each line.
+        trains_new: Whether only the layers that were added are trained at first.
     """
 
     name: str
     summary: str
     exact_when: str
     paper: str | None
+    use: Literal["keep", "train"]
     width: WidthBuilder | None = None
     depth: DepthBuilder | None = None
+    refine: Callable[[Refinement], GrowthOperator] | None = None
+    ratios: Literal["any", "whole", "double"] = "any"
+    copies: Literal["none", "part", "stay"] = "none"
+    next_layer: bool = False
     fresh: float = 1.0
     reference: Literal["trained", "init"] = "trained"
+    anew: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+    training: tuple[str, ...] = ()
+    trains_new: bool = False
 
     @property
     def grows(self) -> tuple[str, ...]:
         """``width``, ``depth`` or both."""
         return tuple(name for name, built in (("width", self.width), ("depth", self.depth)) if built is not None)
+
+    def widened(self, growth: SpaceGrowth) -> Mapping[str, Expansion]:
+        """The expansions of a space.
+
+        Raises:
+            InvalidTarget: Where the method cannot do the ratio; the nearest sizes and other methods are named.
+        """
+        assert self.width is not None
+        wanted = {"any": growth.ratio, "whole": max(ceil(growth.ratio), 1), "double": 2}[self.ratios]
+        if growth.kind != "fixed" and growth.ratio not in (1, wanted):
+            d, near = growth.source, int(growth.ratio)
+            sizes = (2 * d,) if self.ratios == "double" else (near * d, (near + 1) * d)
+            others = ", ".join(m.name for m in methods() if m.width is not None and m.ratios == "any" and not m.anew)
+            raise InvalidTarget(
+                f"the method '{self.name}' makes {'twice' if self.ratios == 'double' else 'whole multiples of'} a "
+                f"size; got {growth.space} {d} to {growth.target}; nearest: {' or '.join(map(str, sizes))}; methods "
+                f"for any ratio: {others}"
+            )
+        return self.width(growth)
+
+    def with_options(self, text: str) -> Method:
+        """The method with the options of ``part=back:...`` in place of its defaults.
+
+        Raises:
+            InvalidTarget: For an option it does not have, or a value of another type.
+        """
+        told: dict[str, Any] = {}
+        for item in filter(None, text.split(":")):
+            name, _, value = item.partition("=")
+            if name not in self.options:
+                known = ", ".join(f"{k}={v}" for k, v in self.options.items()) or "none"
+                raise InvalidTarget(f"the method '{self.name}' has no option '{name}'; its options: {known}")
+            kind = type(self.options[name])
+            try:
+                told[name] = kind(value)
+            except ValueError:
+                raise InvalidTarget(
+                    f"the option {name} of '{self.name}' is {value!r}; expected {kind.__name__}, as {self.options[name]}"
+                ) from None
+        options = {**self.options, **told}
+        if not options:
+            return self
+        return replace(
+            self,
+            options=options,
+            width=self.width and partial(self.width, **options),
+            depth=self.depth and partial(self.depth, **options),
+        )
 
 
 _METHODS: dict[str, Method] = {}
@@ -154,43 +268,49 @@ def methods() -> tuple[Method, ...]:
     return tuple(_METHODS[name] for name in sorted(_METHODS))
 
 
-def method(name: str) -> Method:
-    """The method called ``name``.
+def method(text: str) -> Method:
+    """The method of ``NAME``, or of ``NAME:option=value``.
 
     Raises:
-        InvalidTarget: Naming the methods there are.
+        InvalidTarget: Naming the methods, or the options, there are.
     """
+    name, _, options = text.partition(":")
     if name not in _METHODS:
         raise InvalidTarget(f"unknown method '{name}'; methods are {', '.join(sorted(_METHODS))}")
-    return _METHODS[name]
+    return _METHODS[name].with_options(options)
+
+
+def refusal(name: str, why: str) -> InvalidTarget:
+    """The error of a depth method that cannot do what is asked: why, and the methods that can do any depth."""
+    return InvalidTarget(f"the method '{name}' {why}; depth methods for any depth: interpolate, lossless, stack")
 
 
 def chosen(text: str, *, widens: bool, deepens: bool) -> tuple[Method, Method]:
-    """The width and the depth method of a request: ``lossless``, or ``width=net2net,depth=stack``.
+    """The width and the depth method of a request: ``lossless``, or ``width=net2net,depth=stack:part=back``.
 
     Args:
         text: The request.
         widens: Whether the target is wider than the source.
-        deepens: Whether it is deeper.
+        deepens: Whether it is deeper, by a map that the method makes.
 
     Raises:
         InvalidTarget: For an unknown method, or one that does not grow what is asked; alternatives are named.
     """
     named = dict.fromkeys(("width", "depth"), text)
-    if "=" in text:
+    if re.match(r"\s*(width|depth)\s*=", text) or "," in text:
         parts = [part.strip().partition("=") for part in text.split(",")]
         named = dict.fromkeys(("width", "depth"), "lossless") | {way: name for way, _, name in parts}
         if set(named) != {"width", "depth"} or any(not name for name in named.values()):
             raise InvalidTarget(f"the method '{text}' does not parse; expected NAME or width=NAME,depth=NAME")
-    for way, needed in (("width", widens), ("depth", deepens)):
-        if needed and way not in method(named[way]).grows:
+    wide, deep = method(named["width"]), method(named["depth"])
+    for way, needed, asked in (("width", widens, wide), ("depth", deepens, deep)):
+        if needed and way not in asked.grows:
             others = sorted((m.name for m in methods() if way in m.grows), key="lossless".__ne__)
             other = "depth" if way == "width" else "width"
             raise InvalidTarget(
-                f"the method '{named[way]}' does not grow {way}; for {way}: {', '.join(others)}; combine them: "
+                f"the method '{asked.name}' does not grow {way}; for {way}: {', '.join(others)}; combine them: "
                 f"--method {way}={others[0]},{other}={named[other]}"
             )
-    wide, deep = method(named["width"]), method(named["depth"])
-    if wide.reference != deep.reference:
+    if wide.anew != deep.anew:
         raise InvalidTarget(f"'random' draws the whole model anew and combines with no other method; got '{text}'")
     return wide, deep

@@ -1,24 +1,48 @@
-"""Width methods: how the matrices of a space are made when it grows from ``d`` to ``D`` entries."""
+"""The constructions that width methods are made of: copies, silent units, and fills that a norm turns into zeros."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import sqrt
 
 import numpy as np
 
-from growkit.matrices import Selection, pad, scaled
-from growkit.methods.depth import interpolated
-from growkit.methods.registry import Method, SpaceGrowth, register
+from growkit.matrices import Matrix, MeanFill, Selection, pad, scaled
+from growkit.methods.registry import SpaceGrowth
 from growkit.operator import Expansion
 
-
-def unused(growth: SpaceGrowth) -> Mapping[str, Expansion]:
-    """New entries that nothing uses yet: new tokens and positions, whatever the method."""
-    matrix = pad(growth.target, growth.source)
-    return {growth.space: Expansion(matrix, matrix, matrix, fresh="both")}
+Expansions = Mapping[str, Expansion]
 
 
-def selections(growth: SpaceGrowth, index: np.ndarray) -> Mapping[str, Expansion]:
+# --- which entry is copied where: ``g``, ``(D,)`` source entries -----------------------------------------------------
+
+
+def tiled(growth: SpaceGrowth) -> np.ndarray:
+    """The whole space again and again: ``g(i) = i mod d``."""
+    index: np.ndarray = np.arange(growth.target) % growth.source
+    return index
+
+
+def repeated(growth: SpaceGrowth) -> np.ndarray:
+    """Each entry repeated in place: ``g(i) = floor(i d / D)``."""
+    index: np.ndarray = np.arange(growth.target) * growth.source // growth.target
+    return index
+
+
+def drawn(growth: SpaceGrowth) -> np.ndarray:
+    """The first ``d`` entries are themselves, the rest are drawn.
+
+    In rounds without replacement, so that a whole ratio gives equal counts, which is when a norm keeps what it did.
+    """
+    rounds = -(-growth.target // growth.source) - 1
+    picks = [growth.rng.permutation(growth.source) for _ in range(rounds)]
+    return np.concatenate([np.arange(growth.source), *picks])[: growth.target]
+
+
+# --- expansions ------------------------------------------------------------------------------------------------------
+
+
+def selections(growth: SpaceGrowth, index: np.ndarray, share: np.ndarray | float | None = None) -> Expansions:
     """Copies: entry ``i`` of the target is entry ``index[i]`` of the source, and readers share out their weights.
 
         B = S,   A = S diag(1/c),   C = S          (FPI; c counts the copies of an entry)
@@ -28,54 +52,59 @@ def selections(growth: SpaceGrowth, index: np.ndarray) -> Mapping[str, Expansion
     Args:
         growth: The space.
         index: ``(D,)`` source entries.
+        share: ``(D,)`` what a reader's weights are multiplied by; None shares out evenly, ``1/c``.
     """
     copy = Selection(index, growth.source)
-    share = Selection(index, growth.source, 1.0 / copy.counts[index])
-    expansion = Expansion(write=copy, read=share, seen=copy, fresh="read")
+    shares = 1.0 / copy.counts[index] if share is None else np.broadcast_to(share, index.shape)
+    shared = Selection(index, growth.source, shares)
+    expansion = Expansion(write=copy, read=shared, seen=copy, fresh="read")
     if growth.space != "head_dim":
         return {growth.space: expansion}
     return {
         growth.space: expansion,
-        "head_dim[q]": Expansion(write=scaled(share, growth.score_gain), read=share, seen=copy),
-        "head_dim[k]": Expansion(write=copy, read=share, seen=copy),
+        "head_dim[q]": Expansion(write=scaled(shared, growth.score_gain), read=shared, seen=copy),
+        "head_dim[k]": Expansion(write=copy, read=shared, seen=copy),
     }
 
 
-def _net2net(growth: SpaceGrowth) -> Mapping[str, Expansion]:
-    if growth.kind == "fixed":
-        return unused(growth)
-    # The first d entries are themselves, the rest are drawn; in rounds without replacement, so that a whole ratio
-    # gives equal counts, which is when a norm keeps what it did.
-    rounds = -(-growth.target // growth.source) - 1
-    drawn = [growth.rng.permutation(growth.source) for _ in range(rounds)]
-    return selections(growth, np.concatenate([np.arange(growth.source), *drawn])[: growth.target])
+def unused(growth: SpaceGrowth) -> Expansions:
+    """New entries that nothing uses yet: new tokens and positions, whatever the method."""
+    matrix = pad(growth.target, growth.source)
+    return {growth.space: Expansion(matrix, matrix, matrix, fresh="both")}
 
 
-def _nothing(growth: SpaceGrowth) -> Mapping[str, Expansion]:
-    nothing = Selection(np.full(growth.target, -1), growth.source)
-    return {growth.space: Expansion(nothing, nothing, nothing, fresh="write")}
+def silent(growth: SpaceGrowth) -> Expansions:
+    """New heads and units, drawn freely and read with zeros; a wider head gets zero keys, so its queries are free."""
+    padded = pad(growth.target, growth.source)
+    new = Expansion(padded, padded, padded, fresh="write")
+    if growth.space != "head_dim":
+        return {growth.space: new}
+    return {
+        "head_dim": new,
+        "head_dim[q]": Expansion(scaled(padded, growth.score_gain), padded, padded, fresh="write"),
+        "head_dim[k]": Expansion(padded, padded, padded),
+    }
 
 
-NET2NET = register(
-    Method(
-        name="net2net",
-        summary="copy units and share out what reads them (FPI), with a little paired noise",
-        exact_when="every grown norm sees equal numbers of copies: whole ratios; head_dim without rotary positions",
-        paper="Chen et al., Net2Net, ICLR 2016, https://arxiv.org/abs/1511.05641; Chen et al., bert2BERT, ACL 2022, "
-        "https://arxiv.org/abs/2110.07143",
-        width=_net2net,
-        fresh=0.05,
-    )
-)
+def filled(growth: SpaceGrowth, *, copies: int = 1, centred: bool = True) -> Expansions:
+    """A space under norms: ``copies`` of it, then zeros (RMSNorm) or the mean (LayerNorm) in what is left.
 
-RANDOM = register(
-    Method(
-        name="random",
-        summary="nothing of the source: the model's own initialisation, the baseline of training from scratch",
-        exact_when="never",
-        paper=None,
-        width=_nothing,
-        depth=interpolated,
-        reference="init",
-    )
-)
+    Both are what a norm turns into zeros, so readers see the copies only, and may hold anything for the rest. The
+    norm's mean square is multiplied by ``s = n d/D``, and so what it gives by ``1/sqrt(s)``. The scale takes that back,
+    and epsilon follows; or, where epsilon must stay, everything written is multiplied by ``1/sqrt(s)``. (E4, E4b, E5)
+
+    Args:
+        growth: The space.
+        copies: ``n``, at most ``floor(D/d)``.
+        centred: Whether the mean is filled in for a LayerNorm; else zeros are.
+    """
+    d, D = growth.source, growth.target
+    index = np.where(np.arange(D) < copies * d, np.arange(D) % d, -1)
+    shown = Selection(index, d)
+    read = Selection(index, d, np.full(D, 1 / copies)) if copies > 1 else shown
+    mean = growth.is_layer_norm and centred and copies * d < D
+    write: Matrix = MeanFill(D, d, copies) if mean else shown
+    gain = sqrt(D / (copies * d))
+    if growth.keep_epsilon and not growth.is_written_on:
+        return {growth.space: Expansion(scaled(write, gain), read, shown, gain=gain, fresh="read")}
+    return {growth.space: Expansion(write, read, shown, gain=gain, variance=1 / gain**2, fresh="read")}

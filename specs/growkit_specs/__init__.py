@@ -4,7 +4,7 @@ from growkit_specs.architecture import Architecture, architecture_for, architect
 from growkit_specs.errors import GrowkitError, InvalidModel, InvalidTarget, LayoutError, UnsupportedModel
 from growkit_specs.layer_graph import Layer, LayerGraph, Parameter, Port, Space, Stack, Tensor
 from growkit_specs.layout import Axis, Concatenation, Fixed, Layout, Leaf, Product, parse_layout
-from growkit_specs.recipe import Recipe, Target
+from growkit_specs.recipe import LayerMap, Recipe, Target, fresh_scale, layer_maps
 
 __all__ = [
     "Architecture",
@@ -16,6 +16,7 @@ __all__ = [
     "InvalidTarget",
     "Layer",
     "LayerGraph",
+    "LayerMap",
     "Layout",
     "LayoutError",
     "Leaf",
@@ -31,6 +32,8 @@ __all__ = [
     "architecture_for",
     "architectures",
     "evaluate",
+    "fresh_scale",
+    "layer_maps",
     "load_architecture",
     "parse_layout",
 ]

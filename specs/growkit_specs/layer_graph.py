@@ -134,6 +134,11 @@ class Stack(Spec):
     depth: int = Field(ge=1)
     layers: tuple[Layer, ...]
 
+    def slots(self) -> Iterator[tuple[str, Parameter]]:
+        """Every slot's key and parameter."""
+        for layer in self.layers:
+            yield from ((f"{self.name}/{layer.name}/{parameter.slot}", parameter) for parameter in layer.parameters)
+
 
 class Port(Spec):
     """An input or an output of the model.
@@ -253,6 +258,19 @@ class LayerGraph(Spec):
             if layer.name == name and layer.kind == "norm":
                 return layer
         raise ValueError(f"no norm layer is called '{name}'")
+
+    def norms_over(self, space: str) -> tuple[Layer, ...]:
+        """The norm layers whose scale or shift lives in ``space``."""
+        return tuple(
+            layer
+            for _, layer in self.walk()
+            if layer.kind == "norm" and any(space in p.parsed.spaces for p in layer.parameters)
+        )
+
+    def writer_keys(self, stack: Stack) -> list[str]:
+        """The keys of a stack's slots that write into the stream."""
+        residual = {space for space, kind in self.kinds.items() if kind == "residual"}
+        return [key for key, parameter in stack.slots() if parameter.parsed.written_spaces() & residual]
 
     def tensors(self, *, tied: bool = False) -> Iterator[Tensor]:
         """Every tensor of the model, stacks layer by layer.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, ValidationError
 
 from growkit_specs.architecture import first_problem
 from growkit_specs.errors import GrowkitError, InvalidTarget
@@ -28,6 +30,98 @@ def _size(value: object) -> object:
 
 Size = Annotated[int | str, BeforeValidator(_size)]
 """An absolute size, or a ratio to the source's written ``1.5x``."""
+
+
+_RANGE = re.compile(r"\[\s*(\d+)\s*,\s*(\d+)\s*\]|(\d+)\s*:\s*(\d+)|(\d+)")
+LayerMap = tuple[int, ...]
+"""For each target layer the source layer it comes from."""
+
+
+def _layer_map(value: object) -> object:
+    """``"0,1,2,2,3"``, ``"0:4,2:6"``, ``"[0, 4], [2, 6]"``, or a list of numbers and pairs."""
+    text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    text = text.replace("(", "[").replace(")", "]")
+    if not re.fullmatch(rf"\s*({_RANGE.pattern})\s*(,\s*({_RANGE.pattern})\s*)*", text):
+        raise ValueError(f"a layer map is layers or half-open ranges of them (0,1,2,2,3 or 0:4,2:6), got {value!r}")
+    layers: list[int] = []
+    for match in _RANGE.finditer(text):
+        start, end, first, last, single = (None if number is None else int(number) for number in match.groups())
+        start, end = (single, None) if single is not None else (start, end) if start is not None else (first, last)
+        assert start is not None
+        if end is not None and end <= start:
+            raise ValueError(f"the range {match[0]} is empty; ranges are half-open, 0:4 is layers 0, 1, 2 and 3")
+        layers.extend(range(start, start + 1 if end is None else end))
+    return tuple(layers)
+
+
+def layer_maps(
+    asked: str | LayerMap | Mapping[str, str | LayerMap] | None, depths: Mapping[str, int]
+) -> dict[str, LayerMap]:
+    """The layer maps of a request, by stack.
+
+    Args:
+        asked: One map, or one for each stack that is named (as text, ``encoder=0:4,2:6;decoder=0:4``).
+        depths: The source's stacks.
+
+    Raises:
+        InvalidTarget: Where a map does not parse, names a stack or a layer that is not there, or drops below the
+            source's depth.
+    """
+    if asked is None:
+        return {}
+    if isinstance(asked, str) and "=" in asked:
+        asked = {name.strip(): text for name, _, text in (part.partition("=") for part in asked.split(";"))}
+    if not isinstance(asked, Mapping):
+        if len(depths) > 1:
+            raise InvalidTarget(f"layers_from: this model has the stacks {', '.join(depths)}; say which: STACK=MAP")
+        asked = dict.fromkeys(depths, asked)
+    maps: dict[str, LayerMap] = {}
+    for name, value in asked.items():
+        if name not in depths:
+            raise InvalidTarget(f"layers_from: no stack is called '{name}'; stacks are {', '.join(depths)}")
+        try:
+            layers: LayerMap = _layer_map(value)  # type: ignore[assignment]
+        except ValueError as error:
+            raise InvalidTarget(f"layers_from: {error}") from None
+        outside = [layer for layer in layers if layer >= depths[name]]
+        if outside:
+            raise InvalidTarget(
+                f"layers_from: layer {outside[0]} of {name} is not there; its layers are 0 to {depths[name] - 1}"
+            )
+        if len(layers) < depths[name]:
+            raise InvalidTarget(
+                f"layers_from names {len(layers)} layers for {name}, which has {depths[name]}; growkit grows, it does "
+                "not prune"
+            )
+        maps[name] = layers
+    return maps
+
+
+def _fresh(value: object) -> object:
+    if value is not None:
+        fresh_scale(value)
+    return value
+
+
+FreshScale = Annotated[float | str | None, BeforeValidator(_fresh)]
+"""The scale of fresh entries: a factor, or decibels below what it refers to, ``10dB``."""
+
+
+def fresh_scale(value: object) -> float:
+    """The factor that a scale means: itself, or ``10^(-dB/20)``.
+
+    Raises:
+        InvalidTarget: Where it is neither.
+    """
+    text = str(value).strip()
+    decibels = text.lower().endswith("db")
+    try:
+        number = float(text[:-2] if decibels else text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number) or (number < 0 and not decibels):
+        raise InvalidTarget(f"fresh is {value!r}; expected a factor that is not negative (0.5) or decibels (10dB)")
+    return 10 ** (-number / 20) if decibels else number
 
 
 class Target(Spec):
@@ -93,7 +187,11 @@ class Recipe(Spec):
         target: The sizes asked for.
         method: The method's name, or ``width=NAME,depth=NAME``.
         seed: The seed of the fresh entries.
-        fresh: Their scale, as a multiple of the trained entries' standard deviation; None takes the method's own.
+        fresh: Their scale, as a multiple of the standard deviation that the method refers to, or in decibels below it;
+            None takes the method's own.
+        layers_from: A layer map in place of the depth method's, by stack where there are several.
+        residual_scale: A factor on what repeated layers write into the stream.
+        score_scale: A factor on the attention scores of repeated layers.
         dtype: The element type of the grown weights; ``keep`` is the source's.
         check: Whether the grown model is verified against the source before it is put in place.
     """
@@ -103,7 +201,12 @@ class Recipe(Spec):
     target: Target
     method: str = "lossless"
     seed: int = 0
-    fresh: float | None = Field(default=None, ge=0)
+    fresh: FreshScale = None
+    layers_from: Annotated[LayerMap, BeforeValidator(_layer_map)] | dict[
+        str, Annotated[LayerMap, BeforeValidator(_layer_map)]
+    ] | None = None
+    residual_scale: float | None = None
+    score_scale: float | None = None
     dtype: str = "keep"
     check: bool = False
 

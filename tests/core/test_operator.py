@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import growkit
-from growkit.grow import Grower, dtype_of
+from growkit.weights import Grower, dtype_of
 from growkit.matrices import Dense, Matrix, MeanFill, Selection, pad
 from growkit.methods import methods
 from growkit.operator import Expansion, Fresh, GrowthOperator, unchanged
@@ -190,13 +190,19 @@ def test_a_whole_axis_may_have_a_matrix_of_its_own() -> None:
         np.testing.assert_allclose(rows[:9, :4], mixing.array, atol=1e-12)
 
 
-def test_bases_that_are_interleaved_cannot_grow_apart() -> None:
+def test_bases_that_are_interleaved_grow_apart() -> None:
+    """Every head's query, key and value are mapped by the matrices of their own bases, one after the other."""
     operator = random_operator(spaces=(*SMALL, "head_dim[q]"))
     target = tensor_of("(heads 3 head_dim) <- hidden", "qkv_proj.weight")
-    with pytest.raises(
-        GrowkitError, match=r"the axis \(heads 3 head_dim\) interleaves q, k, v, which grow differently"
-    ):
-        operator.axis_matrix(target, 0)
+    heads = operator.expansions["heads"].write.as_matrix()
+    of_basis = [operator.expansion("head_dim", (basis,)).write.as_matrix() for basis in "qkv"]
+    (H, h), (D, d) = heads.shape, of_basis[0].shape
+    expected = np.zeros((H, 3, D, h, 3, d))
+    for b, head_dim in enumerate(of_basis):
+        expected[:, b, :, :, b, :] = np.einsum("Hh,Dd->HDhd", heads, head_dim)
+    matrix = operator.axis_matrix(target, 0)
+    np.testing.assert_allclose(matrix.as_matrix(), expected.reshape(H * 3 * D, h * 3 * d))
+    np.testing.assert_allclose(matrix.mT.as_matrix(), matrix.as_matrix().T)
 
 
 # --- fresh entries -------------------------------------------------------------------------------------------
@@ -322,12 +328,13 @@ def test_a_saved_operator_grows_the_same_bits(tmp_path_factory, growth: tuple[gr
 
 def test_a_learned_operator_is_saved_whole(tmp_path: Path) -> None:
     operator = random_operator(
-        spaces=(*SMALL, *BASES), norm_factors={"norm": 0.5}, untied=("w",), residual={"w0": np.ones((3, 4))}
+        spaces=(*SMALL, *BASES), norm_factors={"norm": 0.5}, untied=("w",), residual={"w0": np.ones((3, 4)), "w1": pad(3, 2)}
     )
     operator.save(tmp_path / "operator")
     loaded = GrowthOperator.load(tmp_path / "operator")
     assert (loaded.norm_factors, loaded.untied, loaded.fresh) == ({"norm": 0.5}, ("w",), operator.fresh)
     assert np.array_equal(loaded.residual["w0"], operator.residual["w0"])
+    assert np.array_equal(loaded.residual["w1"].as_matrix(), pad(3, 2).as_matrix())
     for key, expansion in operator.expansions.items():
         for side in ("write", "read", "seen"):
             assert np.array_equal(

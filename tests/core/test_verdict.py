@@ -12,7 +12,7 @@ import growkit
 from growkit.matrices import Dense, Identity, Matrix, MeanFill, Scaled, Selection, pad
 from growkit.operator import Expansion, GrowthOperator, norm_key, unchanged
 from growkit.testing import memory_model, reference_forward, transformer
-from growkit.verdict import Reason, Verdict, verdict, writer_keys
+from growkit.verdict import Reason, Verdict, verdict
 from growkit.verify import generated_inputs
 from growkit_specs import Layer, LayerGraph, Parameter, Port
 
@@ -386,7 +386,7 @@ def test_old_tokens_and_positions_stay(head: str) -> None:
 def deepened(graph: LayerGraph, sources: list[int], silent: list[bool], *, forget: str = "") -> dict[str, np.ndarray]:
     """The blend of a stack whose layers come from ``sources``; what silent ones write is zero, but for ``forget``."""
     blend = {"stack0": np.eye(graph.depths["stack0"])[sources]}
-    for key in writer_keys(graph, graph.stacks[0]):
+    for key in graph.writer_keys(graph.stacks[0]):
         if not key.endswith(forget) or not forget:
             blend[key] = blend["stack0"] * ~np.array(silent)[:, None]
     return blend
