@@ -48,10 +48,12 @@ def _averaged(refinement: Refinement) -> GrowthOperator:
         if depth is None:
             continue
         spaces = _unit_spaces(stack, graph.kinds)
-        both = np.stack([depth.blend(stack.depth)] * 2)
+        mean = depth.blend(stack.depth)
+        terms_apart = np.stack([mean, mean])
         for t in depth.repeats:
             layer = depth.sources[t]
-            both[:, t] = 0.5 * np.eye(stack.depth)[[layer, layer + 1]]
+            terms_apart[:, t] = 0.5 * np.eye(stack.depth)[[layer, layer + 1]]
+            mean[t] = terms_apart[:, t].sum(axis=0)
             for space in spaces:
                 own, next_own = (_units(refinement, stack, space, j) for j in (layer, layer + 1))
                 e, P = expansions[space], Dense(transported(own, next_own))
@@ -60,7 +62,7 @@ def _averaged(refinement: Refinement) -> GrowthOperator:
         for key, parameter in stack.slots():
             if key not in blend:
                 has_units = bool(parameter.parsed.written_spaces() & set(spaces))
-                blend[key] = both if has_units else both.sum(axis=0)
+                blend[key] = terms_apart if has_units else mean
     return replace(operator, expansions=expansions, blend=blend)
 
 
