@@ -32,14 +32,29 @@ To = Annotated[
     typer.Option("--to", metavar="SIZES", help="Sizes, absolute or relative: hidden=768,layers=1.5x. "
                  "One or more of hidden heads kv_heads head_dim ffn layers vocab positions."),
 ]  # fmt: skip
-MethodOption = Annotated[str, typer.Option("--method", help="A method, or width=NAME,depth=NAME.")]
+MethodOption = Annotated[str, typer.Option("--method", help="A method, or width=NAME,depth=NAME; NAME:option=value.")]
 Like = Annotated[
     str | None, typer.Option("--like", metavar="CONFIG_OR_MODEL", help="Take the sizes of this config or model.")
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="The seed of fresh entries.")]
 FreshOption = Annotated[
-    float | None,
-    typer.Option("--fresh", min=0, help="Scale of fresh entries, times the trained ones' standard deviation."),
+    str | None,
+    typer.Option("--fresh", metavar="SCALE", help="Scale of fresh entries: a factor, or decibels below, as 10dB."),
+]
+LayersFrom = Annotated[
+    str | None,
+    typer.Option(
+        "--layers-from",
+        metavar="MAP",
+        help="Source layers instead of the method's: 0,1,2,2,3, or half-open "
+        "ranges 0:4,2:6; for several stacks encoder=MAP;decoder=MAP.",
+    ),
+]
+ResidualScale = Annotated[
+    float | None, typer.Option("--residual-scale", help="A factor on what repeated layers write into the stream.")
+]
+ScoreScale = Annotated[
+    float | None, typer.Option("--score-scale", help="A factor on the attention scores of repeated layers.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
@@ -128,12 +143,16 @@ def plan(
     method: MethodOption = "lossless",
     seed: Seed = 0,
     fresh: FreshOption = None,
+    layers_from: LayersFrom = None,
+    residual_scale: ResidualScale = None,
+    score_scale: ScoreScale = None,
     as_json: Json = False,
 ) -> None:
     """Tell what a growth would do, and whether it keeps the function, before any weight is touched."""
     import growkit
 
-    made = _planned(growkit.read(model), to, like, method, seed, fresh)
+    told = {"layers_from": layers_from, "residual_scale": residual_scale, "score_scale": score_scale}
+    made = _planned(growkit.read(model), to, like, method=method, seed=seed, fresh=fresh, **told)
     if as_json:
         print(json.dumps(made.to_json()))
     else:
@@ -152,6 +171,9 @@ def grow(
     ] = None,
     seed: Seed = 0,
     fresh: FreshOption = None,
+    layers_from: LayersFrom = None,
+    residual_scale: ResidualScale = None,
+    score_scale: ScoreScale = None,
     check: Check = False,
     device: Device = "auto",
     dtype: Dtype = "keep",
@@ -165,11 +187,12 @@ def grow(
     refuse_existing(out)
     source = growkit.read(model)
     if operator is not None:
-        if to or like:
-            raise GrowkitError("a saved operator settles the sizes; leave out --to and --like")
+        if to or like or layers_from:
+            raise GrowkitError("a saved operator settles the sizes; leave out --to, --like and --layers-from")
         large, made = growkit.grow(source, growkit.GrowthOperator.load(operator), dtype=dtype), None
     else:
-        made = _planned(source, to, like, method, seed, fresh)
+        told = {"layers_from": layers_from, "residual_scale": residual_scale, "score_scale": score_scale}
+        made = _planned(source, to, like, method=method, seed=seed, fresh=fresh, **told)
         made = replace(made, recipe=made.recipe.model_copy(update={"check": check, "dtype": dtype}))
         if not as_json and not quiet:
             _show_plan(made)
@@ -225,7 +248,10 @@ def run(
         to=",".join(f"{name}={size}" for name, size in told.target.requested().items()),
         method=told.method,
         seed=told.seed,
-        fresh=told.fresh,
+        fresh=told.fresh,  # type: ignore[arg-type]
+        layers_from=told.layers_from,  # type: ignore[arg-type]
+        residual_scale=told.residual_scale,
+        score_scale=told.score_scale,
         check=told.check,
         dtype=told.dtype,
         quiet=quiet,
@@ -234,34 +260,101 @@ def run(
 
 
 @app.command()
-def methods(as_json: Json = False) -> None:
-    """List every method: what it grows, when it is exact, its paper."""
+def methods(
+    model: Annotated[
+        str | None, typer.Option("--for", metavar="MODEL", help="Compare the methods on this model.")
+    ] = None,
+    to: To = "",
+    like: Like = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", metavar="FILE", help="Measure start losses on it: text, .npy or .bin tokens, or an .npz "
+                     "of named inputs and labels."),
+    ] = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """List every method: what it grows, when it is exact, its paper; or with --for what each makes of a model."""
+    if model is not None:
+        _compare(model, to, like, data, seed, device, as_json)
+        return
+    if to or like or data:
+        raise GrowkitError("--to, --like and --data compare methods on a model; name it with --for MODEL")
     from growkit.methods import methods as registered
 
     rows = [
-        {"name": m.name, "grows": list(m.grows), "exact_when": m.exact_when, "paper": m.paper, "summary": m.summary}
+        {
+            "name": m.name,
+            "grows": list(m.grows),
+            "exact_when": m.exact_when,
+            "paper": m.paper,
+            "summary": m.summary,
+            "use": m.use,
+            "ratios": m.ratios,
+            "copies": m.copies,
+            "options": dict(m.options),
+            "training": list(m.training),
+        }
         for m in registered()
     ]
     if as_json:
         print(json.dumps(rows))
         return
-    table = _table("method", "grows", "what it does", "exact when", "paper")
+    table = _table("method", "grows", "for", "what it does", "exact when", "paper")
     for m in registered():
-        table.add_row(m.name, ", ".join(m.grows), m.summary, m.exact_when, m.paper or "")
+        table.add_row(m.name, ", ".join(m.grows), _USES[m.use], m.summary, m.exact_when, m.paper or "")
+    _console().print(table)
+
+
+_USES = {"keep": "keeping the function", "train": "training on"}
+
+
+def _compare(name: str, to: str, like: str | None, data: Path | None, seed: int, device: str, as_json: bool) -> None:
+    import growkit
+    from growkit.adapters import read_graph
+    from growkit.compare import compare
+
+    _refuse_no_sizes(to, like)
+    source = growkit.read(name)
+    target, shape = growkit.Target.parse(to), read_graph(like) if like else None
+    with _console(stderr=True).status("comparing methods") as status:  # shown on a terminal only
+        candidates = []
+        for candidate in compare(source, target, data=data, seed=seed, like=shape, device=device):
+            status.update(f"comparing methods: {candidate.method}")
+            candidates.append(candidate)
+    if as_json:
+        print(json.dumps([candidate.to_json() for candidate in candidates]))
+        return
+    table = _table(
+        "method", "for", "keeps the function", "parameters", "trained at first", "FLOPs per token", "start loss"
+    )
+    for c in candidates:
+        if c.refused is not None:
+            table.add_row(c.method, _USES[c.use], f"cannot: {c.refused}")
+            continue
+        verdict = "yes" if c.preserving else f"no: {c.broken[0]}" + (" (and more)" if len(c.broken) > 1 else "")
+        loss = "" if c.start_loss is None else f"{c.start_loss:.4f}"
+        numbers = (f"{n:,}" for n in (c.parameters, c.trained_parameters, c.flops_per_token))
+        table.add_row(c.method, _USES[c.use], verdict, *numbers, loss)
     _console().print(table)
 
 
 # --- what commands share ---------------------------------------------------------------------------------------------
 
 
-def _planned(model: Model, to: str, like: str | None, method: str, seed: int, fresh: float | None) -> Plan:
+def _planned(model: Model, to: str, like: str | None, **options: Any) -> Plan:
     import growkit
     from growkit.adapters import read_graph
 
+    if options["layers_from"] is None:
+        _refuse_no_sizes(to, like)
+    return growkit.plan(model, growkit.Target.parse(to), like=read_graph(like) if like else None, **options)
+
+
+def _refuse_no_sizes(to: str, like: str | None) -> None:
     if not to and like is None:
         raise GrowkitError("no sizes asked for; give --to hidden=768,layers=12 or --like MODEL")
-    target = growkit.Target.parse(to)
-    return growkit.plan(model, target, method=method, seed=seed, fresh=fresh, like=read_graph(like) if like else None)
 
 
 def _written(
@@ -340,7 +433,24 @@ def _show_plan(made: Plan) -> None:
         console.print(f"  {'yes' if reason.holds else 'NO '}  {reason.condition}: {reason.detail}", soft_wrap=True)
     for output in told["outputs"]:
         console.print(f"  the output {output['name']} grows with {output['space']}")
+    for stack, new in told["new_layers"].items():
+        console.print(f"  {stack} from {_ranges(told['layers_from'][stack])}; new: {_ranges(new)}", soft_wrap=True)
+    if made.trainable:
+        console.print("  train the new layers alone at first (their tensors are in --json, trainable)")
+    for rule in made.training:
+        console.print(f"  training: {rule}", soft_wrap=True)
     console.print()
+
+
+def _ranges(layers: list[int]) -> str:
+    """Layer numbers as ``--layers-from`` takes them: runs as half-open ranges."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ",".join(f"{run[0]}:{run[-1] + 1}" if len(run) > 2 else ",".join(map(str, run)) for run in runs)
 
 
 def _show_report(report: Report, *, stderr: bool = False) -> None:

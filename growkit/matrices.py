@@ -245,7 +245,7 @@ def pad(rows: int, columns: int) -> Matrix:
 @final
 @dataclass(frozen=True, repr=False)
 class MeanFill(Matrix):
-    """``[1_n (x) I; (1/d) 1 1^T]``: copies of the source's entries, then their mean in what is left (LEMON's residue)."""
+    """``[1_n (x) I; (1/d) 1 1^T]``: copies, then the source's mean in what is left (LEMON's residue)."""
 
     kind: ClassVar[str] = "mean_fill"
     rows: int

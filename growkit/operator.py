@@ -502,5 +502,5 @@ def _unseen(N: Array, A: Matrix, C: Matrix, axis: int) -> Array:
     share = float(np.abs(A.mT.apply(np.ones(D))).mean() / max(A.support.sum() / d, 1))
     probe = np.random.default_rng(0).standard_normal(D)
     free = int((~np.isclose(A.apply(C.mT.apply(probe)), probe)).sum())
-    scale = min(share, 1.0) * (free / (D - d)) ** 0.5 if D > d else 0.0
+    scale = min(share, 1.0) * (free / (D - d)) ** 0.5 if d < D else 0.0
     return (N - A.apply(C.mT.apply(N, axis), axis)) * scale

@@ -274,7 +274,8 @@ def _blend(source: LayerGraph, depths: Mapping[str, Depth], *, next_layer: bool)
         depth = depths.get(stack.name) or Depth(tuple(range(L1)))
         above = np.eye(L1)[[min(j + 1, L1 - 1) for j in range(L1)]]
         w, writers = (
-            np.stack([each, each @ above]) if next_layer else each for each in (depth.blend(L1), depth.writers_blend(L1))
+            np.stack([each, each @ above]) if next_layer else each
+            for each in (depth.blend(L1), depth.writers_blend(L1))
         )
         blend[stack.name] = replace(depth, new=frozenset()).blend(L1) if depth.new else w
         if depth.new:
@@ -293,7 +294,7 @@ def _with_scores(source: LayerGraph, operator: GrowthOperator, depths: Mapping[s
                 e = operator.expansion("head_dim", ("q",))
                 normed = bool(source.norms_over("head_dim"))
                 by = {"gain": e.gain / factor} if normed else {"write": scaled(e.write, factor)}
-                expansions[f"head_dim[q]@{name}/{t}"] = replace(e, **by)  # type: ignore[arg-type]
+                expansions[f"head_dim[q]@{name}/{t}"] = replace(e, **by)
     return replace(operator, expansions=expansions)
 
 

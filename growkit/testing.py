@@ -21,7 +21,6 @@ import numpy as np
 from hypothesis import strategies as st
 
 from growkit.adapters import Forward
-from growkit.weights import dtype_of
 from growkit.matrices import (
     Array,
     Concatenation,
@@ -37,6 +36,7 @@ from growkit.matrices import (
 from growkit.model import Model
 from growkit.operator import GrowthOperator
 from growkit.reference import reference_forward
+from growkit.weights import dtype_of
 from growkit_specs import (
     Axis,
     Fixed,

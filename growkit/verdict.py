@@ -103,8 +103,8 @@ class _Examination:
             yield from self.depth(stack)
             yield from self.own_expansions(stack)
         unseen = {f"{stack.name}/{t}" for stack in self.graph.stacks for t in np.flatnonzero(self.silent(stack))}
-        target = {t.name: f"{t.stack}/{t.layer}" for t in target_tensors(self.graph, self.operator)}
-        if any(target.get(name) not in unseen for name in self.operator.residual):
+        places = {t.name: f"{t.stack}/{t.layer}" for t in target_tensors(self.graph, self.operator)}
+        if any(places.get(name) not in unseen for name in self.operator.residual):
             yield Reason("no residual", False, "the operator adds entries of its own that readers see")
 
     def is_used(self, space: str) -> bool:
@@ -274,7 +274,7 @@ class _Examination:
     def depth(self, stack: Stack) -> Iterator[Reason]:
         """E10: the source's layers in order, each once, and between them blocks that write nothing."""
         L2, L1 = self.operator.depth(stack.name)
-        blends = [blend for blend in self.slot_blends(stack).values()]
+        blends = list(self.slot_blends(stack).values())
         if all(np.array_equal(w, np.eye(L1)) for w in blends):
             return
         silent = self.silent(stack)
@@ -298,7 +298,9 @@ class _Examination:
         """Layers with matrices of their own: they matter where the layer writes anything."""
         silent = self.silent(stack)
         keys = [key.partition("@") for key in self.operator.expansions if f"@{stack.name}/" in key]
-        awake = sorted({(int(at.rpartition("/")[2]), name) for name, _, at in keys if not silent[int(at.split("/")[1])]})
+        awake = sorted(
+            {(int(at.rpartition("/")[2]), name) for name, _, at in keys if not silent[int(at.split("/")[1])]}
+        )
         for t, name in awake:
             yield Reason(f"{stack.name} {t}: {name}", False, f"layer {t} maps {name} in a way of its own")
 

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from growkit.adapters import Adapter
-from growkit.weights import dtype_of
 from growkit.matrices import Array
 from growkit.model import Model
+from growkit.weights import dtype_of
 from growkit_specs import GrowkitError, LayerGraph, Recipe, Tensor
 from growkit_torch.read import INDEX, OPERATOR, RECIPE, SINGLE, Origin, read_directory
 from growkit_torch.safetensors_file import write_file

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from zlib import crc32
 
 import numpy as np
 
-from growkit.weights import Grower
-from growkit.matrices import Dense, composed
+from growkit.matrices import Array, Dense, composed
 from growkit.methods.registry import Depth, Method, Refinement, refusal, register
-from growkit.operator import GrowthOperator
+from growkit.operator import GrowthOperator, Source
+from growkit.weights import Grower
 from growkit_specs import Axis, Concatenation, Leaf, Product, Stack, Tensor
 from growkit_specs.layout import axis_size, spaces_of
 
@@ -82,7 +82,7 @@ def _segments(axis: Axis) -> tuple[Axis, ...]:
 def _units(refinement: Refinement, stack: Stack, space: str, layer: int) -> np.ndarray:
     """``(n, features)``: what each unit of ``space`` is computed with, in one source layer."""
     graph, weights = refinement.model.graph, Grower(refinement.model, refinement.operator)
-    rows = []
+    rows: list[np.ndarray] = []
     for tensor in graph.tensors(tied=True):
         if (tensor.stack, tensor.layer) != (stack.name, layer) or space not in tensor.parameter.parsed.written_spaces():
             continue
@@ -135,7 +135,7 @@ def _log_sum(x: np.ndarray, axis: int) -> np.ndarray:
 OPT_DEUS = register(
     Method(
         name="opt_deus",
-        summary="between neighbours of the top half the mean of both, units aligned by optimal transport, silent at first",
+        summary="between neighbours at the top the mean of both, units aligned by optimal transport, silent at first",
         exact_when="the norm comes first",
         paper="Cao et al., OpT-DeUS, 2025, https://arxiv.org/abs/2508.08011",
         use="keep",
@@ -174,7 +174,7 @@ def _predicted(refinement: Refinement) -> GrowthOperator:
         pairs = [(depth.sources[int(t.layer or 0)], depth.sources[int(t.layer or 0)] + 1) for t in tensors]
         made = predicted_between(trained, pairs, seed=[operator.fresh.seed, crc32(key.encode())])
         rows = np.array(operator.blend_of(tensors[0]))
-        rows[..., [t.layer for t in tensors], :] = 0
+        rows[..., [int(t.layer or 0) for t in tensors], :] = 0
         blend[key] = rows
         for tensor, W in zip(tensors, made, strict=True):
             widened = [operator.widened(tensor, W, _in_layer(source, tensor), r) for r in operator.terms(tensor)]
@@ -182,7 +182,7 @@ def _predicted(refinement: Refinement) -> GrowthOperator:
     return replace(operator, blend=blend, residual=residual)
 
 
-def _in_layer(source, tensor: Tensor):  # type: ignore[no-untyped-def]
+def _in_layer(source: Callable[[Tensor, str, int | None], Array], tensor: Tensor) -> Source:
     return lambda key, layer: source(tensor, key, layer)
 
 
@@ -245,12 +245,11 @@ class _Network:
 LESA = register(
     Method(
         name="lesa",
-        summary="between neighbours of the top half a layer that a small network, trained on the weights alone, predicts",
+        summary="between neighbours at the top a layer that a small network, trained on the weights alone, predicts",
         exact_when="never",
         paper="Yang et al., LESA, ACL 2025, https://arxiv.org/abs/2502.13794",
         use="train",
         depth=_predicted_between,
         refine=_predicted,
-        trains_new=False,
     )
 )

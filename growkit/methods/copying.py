@@ -14,6 +14,7 @@ from growkit.methods.width import Expansions, drawn, repeated, selections, tiled
 from growkit.operator import Expansion
 from growkit_specs import InvalidTarget
 
+
 def _rows(matrix: Selection, rows: np.ndarray) -> Matrix:
     """``matrix`` with every row zero but those where ``rows``, ``(D,)`` booleans, holds."""
     return Selection(np.where(rows, matrix.index, -1), matrix.columns, matrix.weight)
@@ -201,7 +202,7 @@ STAGED = register(
 ORTHONORMAL = register(
     Method(
         name="orthonormal",
-        summary="copies scaled by count^-1/2, so that the stream's matrix has orthonormal columns and reads as it writes",
+        summary="copies scaled by count^-1/2: the stream's matrix has orthonormal columns and reads as it writes",
         exact_when="pre-norm or post-norm RMSNorm: any ratio; LayerNorm: whole ratios before the branch; head_dim "
         "without rotary positions",
         paper=None,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
-
 from growkit.matrices import Matrix, pad
 from growkit.methods.registry import Depth, Method, Refinement, refusal, register
 from growkit.operator import GrowthOperator
@@ -73,7 +71,7 @@ def identity_layers(stack: Stack, depth: int, place: str = "alternate") -> Depth
 
 
 def identity_matrices(refinement: Refinement) -> GrowthOperator:
-    """Every matrix of the new layers the identity, as far as its shape goes. (Staged training)"""
+    """Every matrix of the new layers the identity, as far as its shape goes (staged training)."""
     residual: dict[str, Matrix] = {}
     for tensor in refinement.target.tensors():
         depth = refinement.depths.get(str(tensor.stack))

@@ -10,6 +10,7 @@ from growkit.methods.registry import Method, SpaceGrowth, register
 from growkit.methods.width import Expansions, filled, selections, silent, tiled, unused
 from growkit.operator import Expansion
 
+
 def _whole_copies(growth: SpaceGrowth) -> int:
     return growth.target // growth.source
 

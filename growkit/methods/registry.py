@@ -14,7 +14,7 @@ import numpy as np
 from growkit.model import Model
 from growkit.operator import Expansion, GrowthOperator
 from growkit_specs import GrowkitError, InvalidTarget, Layer, LayerGraph
-from growkit_specs.layer_graph import SpaceKind, Stack
+from growkit_specs.layer_graph import SpaceKind
 
 
 @dataclass(frozen=True)
@@ -122,12 +122,15 @@ class Depth:
 
     def blend(self, depth: int) -> np.ndarray:
         """``w``, ``(L2, L1)``, of the slots that do not write into the stream."""
-        return np.eye(depth)[list(self.sources)] * ~np.isin(np.arange(len(self.sources)), list(self.new))[:, None]
+        kept = ~np.isin(np.arange(len(self.sources)), list(self.new))
+        w: np.ndarray = np.eye(depth)[list(self.sources)] * kept[:, None]
+        return w
 
     def writers_blend(self, depth: int) -> np.ndarray:
         """``w``, ``(L2, L1)``, of the slots that write into the stream."""
         writes = np.asarray(self.writes or np.ones(len(self.sources)))
-        return self.blend(depth) * writes[:, None]
+        w: np.ndarray = self.blend(depth) * writes[:, None]
+        return w
 
 
 @dataclass(frozen=True)
@@ -235,7 +238,8 @@ class Method:
                 told[name] = kind(value)
             except ValueError:
                 raise InvalidTarget(
-                    f"the option {name} of '{self.name}' is {value!r}; expected {kind.__name__}, as {self.options[name]}"
+                    f"the option {name} of '{self.name}' is {value!r}; expected {kind.__name__}, as "
+                    f"{self.options[name]}"
                 ) from None
         options = {**self.options, **told}
         if not options:

@@ -202,9 +202,11 @@ class Recipe(Spec):
     method: str = "lossless"
     seed: int = 0
     fresh: FreshScale = None
-    layers_from: Annotated[LayerMap, BeforeValidator(_layer_map)] | dict[
-        str, Annotated[LayerMap, BeforeValidator(_layer_map)]
-    ] | None = None
+    layers_from: (
+        Annotated[LayerMap, BeforeValidator(_layer_map)]
+        | dict[str, Annotated[LayerMap, BeforeValidator(_layer_map)]]
+        | None
+    ) = None
     residual_scale: float | None = None
     score_scale: float | None = None
     dtype: str = "keep"

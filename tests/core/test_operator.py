@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import growkit
-from growkit.weights import Grower, dtype_of
 from growkit.matrices import Dense, Matrix, MeanFill, Selection, pad
 from growkit.methods import methods
 from growkit.operator import Expansion, Fresh, GrowthOperator, unchanged
 from growkit.testing import axes, layer_graphs, memory_model, targets, transformer
+from growkit.weights import Grower, dtype_of
 from growkit_specs import (
     Axis,
     Concatenation,
@@ -328,7 +328,10 @@ def test_a_saved_operator_grows_the_same_bits(tmp_path_factory, growth: tuple[gr
 
 def test_a_learned_operator_is_saved_whole(tmp_path: Path) -> None:
     operator = random_operator(
-        spaces=(*SMALL, *BASES), norm_factors={"norm": 0.5}, untied=("w",), residual={"w0": np.ones((3, 4)), "w1": pad(3, 2)}
+        spaces=(*SMALL, *BASES),
+        norm_factors={"norm": 0.5},
+        untied=("w",),
+        residual={"w0": np.ones((3, 4)), "w1": pad(3, 2)},
     )
     operator.save(tmp_path / "operator")
     loaded = GrowthOperator.load(tmp_path / "operator")
