@@ -55,6 +55,9 @@ class _Run:
     def __init__(self, graph: LayerGraph, weights: Mapping[str, Array], inputs: Mapping[str, Array]) -> None:
         self.sizes = graph.sizes
         self.weights = weights
+        images = [port.name for port in graph.inputs if port.kind == "image"]
+        if images:
+            raise GrowkitError(f"the reference does not understand the input '{images[0]}': it is an image")
         self.ids = {p.space: inputs[p.name] for p in graph.inputs if p.kind in ("tokens", "types")}
         self.masks = [np.asarray(inputs[p.name]) for p in graph.inputs if p.kind == "mask"]
         self.values: dict[str, Values] = {}
@@ -100,7 +103,10 @@ class _Run:
         """What a layer reads: the output of a norm, or the value of its first parameter's space."""
         if layer.through is not None:
             return self.normed[layer.through]
-        return self.values[str(layer.parameters[0].parsed.reads[0])]
+        space = str(layer.parameters[0].parsed.reads[0])
+        if space not in self.values:
+            raise GrowkitError(f"the reference does not understand layer '{layer.name}': nothing has written {space}")
+        return self.values[space]
 
     # --- layers ----------------------------------------------------------------------------------------------
 
