@@ -39,20 +39,17 @@ def reference_forward(
     Raises:
         GrowkitError: Where the graph holds something that is not understood.
     """
-    run = _Run(graph, weights, inputs)
-    run.block(graph.stem, None)
-    for stack in graph.stacks:
-        for index in range(stack.depth):
-            run.block(stack.layers, index)
-    run.block(graph.head, None)
-    found = {port.name: run.output(port.through, port.space) for port in graph.outputs}
-    return {name: value for name, value in found.items() if value is not None}
+    try:
+        return _Run(graph, weights, inputs).outputs()
+    except KeyError as missing:
+        raise GrowkitError(f"the reference does not understand this graph: nothing gives {missing}") from missing
 
 
 class _Run:
     """One pass: ``values`` holds every space's current value, ``normed`` what the norms of the block gave."""
 
     def __init__(self, graph: LayerGraph, weights: Mapping[str, Array], inputs: Mapping[str, Array]) -> None:
+        self.graph = graph
         self.sizes = graph.sizes
         self.weights = weights
         images = [port.name for port in graph.inputs if port.kind == "image"]
@@ -62,6 +59,15 @@ class _Run:
         self.masks = [np.asarray(inputs[p.name]) for p in graph.inputs if p.kind == "mask"]
         self.values: dict[str, Values] = {}
         self.normed: dict[str, Values] = {}
+
+    def outputs(self) -> dict[str, Values]:
+        self.block(self.graph.stem, None)
+        for stack in self.graph.stacks:
+            for index in range(stack.depth):
+                self.block(stack.layers, index)
+        self.block(self.graph.head, None)
+        found = {port.name: self.output(port.through, port.space) for port in self.graph.outputs}
+        return {name: value for name, value in found.items() if value is not None}
 
     def block(self, layers: Sequence[Layer], index: int | None) -> None:
         self.index = index
@@ -103,10 +109,7 @@ class _Run:
         """What a layer reads: the output of a norm, or the value of its first parameter's space."""
         if layer.through is not None:
             return self.normed[layer.through]
-        space = str(layer.parameters[0].parsed.reads[0])
-        if space not in self.values:
-            raise GrowkitError(f"the reference does not understand layer '{layer.name}': nothing has written {space}")
-        return self.values[space]
+        return self.values[str(layer.parameters[0].parsed.reads[0])]
 
     # --- layers ----------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from hashlib import sha256
 from itertools import pairwise
@@ -17,7 +18,7 @@ from growkit.plan import plan
 from growkit.testing.function_law import Runnable, assert_preserved
 from growkit.testing.law import assert_equal, broken
 from growkit.verify import generated_inputs
-from growkit_specs import InvalidTarget, LayerGraph, Target, Tensor, UnsupportedFormat
+from growkit_specs import GrowkitError, InvalidTarget, LayerGraph, Target, Tensor, UnsupportedFormat
 
 DOUBLED = ("hidden", "layers", "ffn", "vocab")
 """The sizes that an adapter is tried with at twice their value; hidden takes heads and ffn with it."""
@@ -41,7 +42,7 @@ def assert_adapter_conforms(adapter: Adapter, source: Any, destination_dir: str 
     Args:
         adapter: The adapter; any object with the protocol of :class:`~growkit.adapters.Adapter`.
         source: What it reads: a path, or the framework's own object. Small, or this takes long.
-        destination_dir: An existing folder to write into.
+        destination_dir: An existing folder to write into; it is left as it was.
 
     Returns:
         The laws that could not be tried, each with its reason: writing, where the adapter raises
@@ -54,15 +55,23 @@ def assert_adapter_conforms(adapter: Adapter, source: Any, destination_dir: str 
     before = _contents(source)
     if not adapter.matches(source):
         raise broken("matches", f"adapter '{adapter.name}'", "True for the source", False)
-    skipped: list[str] = []
     model = adapter.read(source)
-    laws: tuple[Callable[[Model, Path], Iterable[str]], ...] = (_each_once, _ties, _runs, _identity, _writes, _grows)
-    for law in laws:
-        skipped += law(model, Path(destination_dir))
-        for name, content in _contents(source).items():
-            if before.get(name) != content:
-                raise broken("source unmodified", name, "what it was before", "something else after it was used")
-    return tuple(dict.fromkeys(skipped))
+    skipped: dict[str, None] = {}
+    with tempfile.TemporaryDirectory(dir=destination_dir, prefix="conforms-") as folder:
+        for name, law in _LAWS.items():
+            try:
+                skipped |= dict.fromkeys(law(name, model, Path(folder)))
+            except GrowkitError as error:
+                raise broken(name, f"adapter '{adapter.name}'", "no refusal", error) from error
+            _assert_unmodified(before, _contents(source), name)
+    return tuple(skipped)
+
+
+def _assert_unmodified(before: Mapping[str, str], after: Mapping[str, str], law: str) -> None:
+    for part in {**before, **after}:
+        if before.get(part) != after.get(part):
+            what = "something else" if part in before and part in after else "gone" if part in before else "new"
+            raise broken("source unmodified", part, "what it was before", f"{what} after '{law}'")
 
 
 def _contents(source: Any) -> dict[str, str]:
@@ -82,8 +91,7 @@ def _contents(source: Any) -> dict[str, str]:
     return {name: sha256(content).hexdigest() for name, content in parts.items()}
 
 
-def _each_once(model: Model, folder: Path) -> tuple[str, ...]:
-    law = "every parameter once"
+def _each_once(law: str, model: Model, folder: Path) -> tuple[str, ...]:
     tensors: dict[str, Tensor] = {}
     for tensor in model.graph.tensors():
         if tensor.name in tensors:
@@ -105,19 +113,19 @@ def _each_once(model: Model, folder: Path) -> tuple[str, ...]:
     return ()
 
 
-def _ties(model: Model, folder: Path) -> tuple[str, ...]:
+def _ties(law: str, model: Model, folder: Path) -> tuple[str, ...]:
     """What a source holds once is one tensor; the tensors of a grown model may well share their memory."""
     arrays = {name: np.asarray(model.weights[name]) for name in model.weights}
     starts = sorted((array.__array_interface__["data"][0], name) for name, array in arrays.items() if array.size)
     for (start, name), (other, again) in pairwise(starts):
         if start == other:
-            raise broken("ties", f"{name} and {again}", "a tie in the graph, as they are one tensor", "no tie")
+            raise broken(law, f"{name} and {again}", "a tie in the graph, as they are one tensor", "no tie")
     return ()
 
 
-def _runs(model: Model, folder: Path) -> tuple[str, ...]:
+def _runs(law: str, model: Model, folder: Path) -> tuple[str, ...]:
     """Outputs are finite; those in a space that grows have its size. Of the others a class may lack some."""
-    law, graph = "forward", model.graph
+    graph = model.graph
     growing = [port for port in graph.outputs if port.space and graph.kinds[port.space] != "fixed"]
     for outputs in _outputs(model.adapter.forward(model), graph):
         for name, size in ((port.name, graph.sizes[str(port.space)]) for port in growing):
@@ -138,8 +146,7 @@ def _outputs(forward: Forward, graph: LayerGraph) -> Iterator[dict[str, np.ndarr
         yield {name: np.asarray(value) for name, value in forward(inputs).items()}
 
 
-def _identity(model: Model, folder: Path) -> tuple[str, ...]:
-    law = "identity"
+def _identity(law: str, model: Model, folder: Path) -> tuple[str, ...]:
     same = grow(model)
     _assert_same_model(law, model, same)
     pairs = zip(*(_outputs(m.adapter.forward(m), m.graph) for m in (model, same)), strict=True)
@@ -149,33 +156,32 @@ def _identity(model: Model, folder: Path) -> tuple[str, ...]:
     return ()
 
 
-def _writes(model: Model, folder: Path) -> Iterator[str]:
-    yield from _written(model, folder / "same")
+def _writes(law: str, model: Model, folder: Path) -> Iterator[str]:
+    yield from _written(law, model, folder / "same")
 
 
-def _grows(model: Model, folder: Path) -> Iterator[str]:
+def _grows(law: str, model: Model, folder: Path) -> Iterator[str]:
     for name in DOUBLED:
         if name not in {*model.graph.sizes, "layers"}:
             continue
         try:
             planned = plan(model, Target.of(**{name: "2x"}))
         except InvalidTarget as error:
-            yield f"growth of {name}: {error}"
+            yield f"{law} of {name}: {error}"
             continue
         large = grow(model, planned)
-        _each_once(large, folder)
-        _runs(large, folder)
+        _each_once(f"{law} of {name}", large, folder)
+        _runs(f"{law} of {name}", large, folder)
         if planned.preserving:
-            assert_preserved(f"growth of {name}", Runnable(model), Runnable(large))
-        yield from _written(large, folder / name)
+            assert_preserved(f"{law} of {name}", Runnable(model), Runnable(large))
+        yield from _written(f"{law} of {name}, written and read back", large, folder / name)
 
 
 class _Refused(Exception):
     """What a ``check`` raises to see that nothing is left behind."""
 
 
-def _written(model: Model, path: Path) -> Iterator[str]:
-    law = "written and read back"
+def _written(law: str, model: Model, path: Path) -> Iterator[str]:
     seen: list[Model] = []
 
     def refuse(written: Model) -> None:
@@ -192,7 +198,7 @@ def _written(model: Model, path: Path) -> Iterator[str]:
     try:
         write(refuse)
     except UnsupportedFormat as error:
-        yield f"{law}: {error}"
+        yield f"writing: {error}"
         return
     except _Refused:
         pass
@@ -243,3 +249,14 @@ def _facts(graph: LayerGraph) -> dict[str, object]:
             tie = slots[parameter.tied_to] if parameter.tied_to is not None else None
             facts[slots[parameter.name]] = (parameter.layout, parameter.dtype, f"tied to {tie}" if tie else "not tied")
     return facts
+
+
+_LAWS: dict[str, Callable[[str, Model, Path], Iterable[str]]] = {
+    "every parameter once": _each_once,
+    "ties": _ties,
+    "forward": _runs,
+    "identity": _identity,
+    "written and read back": _writes,
+    "growth": _grows,
+}
+"""The laws by name. Each is told its name, and gives what it could not try."""
