@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from growkit.adapters import Forward
-from growkit.weights import dtype_of
 from growkit.matrices import Array
 from growkit.model import Model
 from growkit.operator import GrowthOperator
 from growkit.reference import reference_forward
+from growkit.weights import dtype_of
 from growkit_specs import LayerGraph, UnsupportedFormat
 from growkit_specs.layout import axis_size
 

@@ -147,7 +147,7 @@ def _untouched(
 ) -> Iterator[str]:
     """What keeps its size: the axis has the identity, and a tensor that one source layer alone makes is that one."""
     law = "untouched"
-    if operator.fresh.reference == "init":
+    if operator.fresh.anew:
         yield f"{law}: the operator draws every entry anew"
         return
     kept = {space for space, size in source.graph.sizes.items() if target.sizes[space] == size}
@@ -169,8 +169,9 @@ def _only_source(operator: GrowthOperator, tensor: Tensor) -> int | None:
     """The layer that alone makes up the tensor's; -1, which no layer is, where there are several or none."""
     if tensor.layer is None:
         return None
-    row = np.asarray(operator.blend_of(tensor))[tensor.layer]
-    return int(row.argmax()) if np.count_nonzero(row) == 1 and row.max() == 1 else -1
+    rows = np.asarray(operator.blend_of(tensor))[..., tensor.layer, :]  # one for each term of the sum
+    is_one = rows.ndim == 1 and np.count_nonzero(rows) == 1 and rows.max() == 1
+    return int(rows.argmax()) if is_one else -1
 
 
 def _verdict_is_right(source: Model, operator: GrowthOperator) -> Iterator[str]:
