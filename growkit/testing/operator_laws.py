@@ -19,7 +19,7 @@ from growkit.testing.law import assert_equal, broken
 from growkit.testing.memory import memory_model
 from growkit.verdict import verdict
 from growkit.verify import generated_inputs, verify
-from growkit_specs import GrowkitError, InvalidTarget, Layer, LayerGraph, Tensor
+from growkit_specs import GrowkitError, InvalidTarget, Layer, LayerGraph, Port, Tensor
 from growkit_specs.layout import axis_size, spaces_of
 
 CAUTIOUS = frozenset({"head_dim: attention scores", "positions: rotary"})
@@ -52,7 +52,7 @@ def assert_operator_laws(operator: GrowthOperator, graph: LayerGraph) -> tuple[s
     Raises:
         AssertionError: For the first law that is broken; one message with the tensor or output, expected and got.
     """
-    graph = _loud(graph)
+    graph = _audible(graph)
     source = memory_model(graph)
     try:
         target = target_graph(graph, operator)
@@ -67,8 +67,8 @@ def assert_operator_laws(operator: GrowthOperator, graph: LayerGraph) -> tuple[s
     return (*_untouched(source, operator, target, weights), *_verdict_is_right(source, operator))
 
 
-def _loud(graph: LayerGraph) -> LayerGraph:
-    """The graph in float64, with epsilons large enough to be heard."""
+def _audible(graph: LayerGraph) -> LayerGraph:
+    """The graph in float64, with epsilons large enough to be heard and an output for every head."""
 
     def louder(layer: Layer) -> Layer:
         epsilon = layer.attributes.get("epsilon")
@@ -78,7 +78,17 @@ def _loud(graph: LayerGraph) -> LayerGraph:
 
     update: dict[str, Any] = {part: tuple(map(louder, getattr(graph, part))) for part in ("stem", "head")}
     update["stacks"] = tuple(s.model_copy(update={"layers": tuple(map(louder, s.layers))}) for s in graph.stacks)
+    update["outputs"] = (*graph.outputs, *_head_ports(graph))
     return graph.model_copy(update=update).with_dtypes(lambda key: "float64")
+
+
+def _head_ports(graph: LayerGraph) -> Iterator[Port]:
+    """What heads write and no port names, because it does not grow: a classifier's labels."""
+    named = {port.space for port in graph.outputs}
+    for layer in graph.head:
+        for space in layer.writes if layer.kind == "head" else ():
+            if graph.kinds[space] == "fixed" and space not in named:
+                yield Port(name=layer.name, space=space)
 
 
 def _grown(
