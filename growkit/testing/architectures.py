@@ -96,7 +96,7 @@ def _labels(file: Architecture, class_name: str) -> dict[str, int]:
 def _switches(file: Architecture) -> dict[str, st.SearchStrategy[Any]]:
     """The config keys that decide which parameters exist, with the values that are understood."""
     whens = [when for rule in _layers(file) for when in (rule.when, *(p.when for p in rule.parameters.values()))]
-    keys = {when.removeprefix("not ") for when in whens if when is not None} | {"tie_word_embeddings"}
+    keys = {key for when in whens if when is not None for key in re.findall(r"\w+", when)} | {"tie_word_embeddings"}
     switches = sorted(key for key in keys if isinstance(file.config.defaults.get(key), bool))
     return {key: st.sampled_from(file.config.supported.get(key, (False, True))) for key in switches}
 
@@ -128,9 +128,10 @@ def _small_sizes(draw: st.DrawFn, file: Architecture, config: Mapping[str, Any],
         sizes["hidden"] = (sizes.get("heads") or sizes["kv_heads"] * sizes["group"]) * sizes["head_dim"]
     for name, unit in file.config.divisible:
         sizes[name] += -sizes[name] % int(evaluate(unit, sizes))
+    grown = {key: evaluate(rule, sizes) for key, rule in file.config.grown.items() if " or " not in rule}
     for name, rule in file.spaces.items():
-        value = evaluate(rule.follows or rule.size, sizes)  # None where it comes from config keys alone
-        if name not in drawn and value is not None:
+        value = evaluate(rule.follows or rule.size, {**config, **grown, **sizes})
+        if name not in {*drawn, "hidden"} and value is not None:  # None: a key that the tiny config leaves out
             sizes[name] = int(value)
     return sizes
 
