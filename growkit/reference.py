@@ -117,6 +117,8 @@ class _Run:
         length = next(iter(self.ids.values())).shape[1]
         for parameter in layer.parameters:
             (space,), (into,) = map(str, parameter.parsed.reads), map(str, parameter.parsed.writes)
+            if space not in self.ids and space != "positions":
+                raise GrowkitError(f"the reference does not understand '{layer.name}': no input says which {space}")
             vectors = self.mapping(parameter)[self.ids.get(space, np.arange(length))]
             self.values[into] = vectors + self.values[into] if into in self.values else vectors
 

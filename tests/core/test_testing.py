@@ -70,6 +70,9 @@ def test_the_reference_says_what_it_does_not_understand() -> None:
     headless = graph.model_copy(update={"head": kept}).revalidated()
     with pytest.raises(GrowkitError, match="does not understand this graph: nothing gives 'pooler'"):
         reference_forward(headless, random_weights(headless), next(generated_inputs(headless, 0)))
+    untold = LayerGraph.model_validate_json(graph.model_dump_json().replace("positions", "buckets"))
+    with pytest.raises(GrowkitError, match="does not understand 'embedding': no input says which buckets"):
+        reference_forward(untold, random_weights(untold), next(generated_inputs(untold, 0)))
 
 
 @pytest.mark.parametrize("seed", [0, 1])
