@@ -57,6 +57,9 @@ class Adapter(Protocol):
             destination: A path at which nothing exists; nothing appears there unless the whole of it is right.
             progress: Called with the number of bytes written since the last call.
             check: Called with the written model, read back, before it is put in place; it may raise.
+
+        Raises:
+            UnsupportedFormat: Where this adapter writes no models at all.
         """
 
     def build(self, model: Model) -> Any:

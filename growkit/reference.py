@@ -39,26 +39,35 @@ def reference_forward(
     Raises:
         GrowkitError: Where the graph holds something that is not understood.
     """
-    run = _Run(graph, weights, inputs)
-    run.block(graph.stem, None)
-    for stack in graph.stacks:
-        for index in range(stack.depth):
-            run.block(stack.layers, index)
-    run.block(graph.head, None)
-    found = {port.name: run.output(port.through, port.space) for port in graph.outputs}
-    return {name: value for name, value in found.items() if value is not None}
+    try:
+        return _Run(graph, weights, inputs).outputs()
+    except KeyError as missing:
+        raise GrowkitError(f"the reference does not understand this graph: nothing gives {missing}") from missing
 
 
 class _Run:
     """One pass: ``values`` holds every space's current value, ``normed`` what the norms of the block gave."""
 
     def __init__(self, graph: LayerGraph, weights: Mapping[str, Array], inputs: Mapping[str, Array]) -> None:
+        self.graph = graph
         self.sizes = graph.sizes
         self.weights = weights
+        images = [port.name for port in graph.inputs if port.kind == "image"]
+        if images:
+            raise GrowkitError(f"the reference does not understand the input '{images[0]}': it is an image")
         self.ids = {p.space: inputs[p.name] for p in graph.inputs if p.kind in ("tokens", "types")}
         self.masks = [np.asarray(inputs[p.name]) for p in graph.inputs if p.kind == "mask"]
         self.values: dict[str, Values] = {}
         self.normed: dict[str, Values] = {}
+
+    def outputs(self) -> dict[str, Values]:
+        self.block(self.graph.stem, None)
+        for stack in self.graph.stacks:
+            for index in range(stack.depth):
+                self.block(stack.layers, index)
+        self.block(self.graph.head, None)
+        found = {port.name: self.output(port.through, port.space) for port in self.graph.outputs}
+        return {name: value for name, value in found.items() if value is not None}
 
     def block(self, layers: Sequence[Layer], index: int | None) -> None:
         self.index = index
@@ -108,6 +117,8 @@ class _Run:
         length = next(iter(self.ids.values())).shape[1]
         for parameter in layer.parameters:
             (space,), (into,) = map(str, parameter.parsed.reads), map(str, parameter.parsed.writes)
+            if space not in self.ids and space != "positions":
+                raise GrowkitError(f"the reference does not understand '{layer.name}': no input says which {space}")
             vectors = self.mapping(parameter)[self.ids.get(space, np.arange(length))]
             self.values[into] = vectors + self.values[into] if into in self.values else vectors
 

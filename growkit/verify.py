@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
+from growkit.matrices import Array
 from growkit.model import Model
 from growkit.operator import GrowthOperator
-from growkit_specs import GrowkitError, LayerGraph
+from growkit_specs import GrowkitError, LayerGraph, Port
 
 TOLERANCES = {"float64": 1e-10, "float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
 """The largest relative difference that counts as preserved, by the coarsest element type of either model."""
@@ -98,21 +99,42 @@ def verify(source: Model, target: Model, *, atol: float | None = None, seed: int
     first, second = source.adapter.forward(source, device), target.adapter.forward(target, device)
     worst: dict[str, OutputReport] = {}
     for inputs in generated_inputs(source.graph, seed):
-        a, b = first(inputs), second(inputs)
-        for name in (name for name in a if name in b):
-            report = _compared(source.graph, operator, name, np.asarray(a[name]), np.asarray(b[name]))
-            if name not in worst or not report.max_rel_diff <= worst[name].max_rel_diff:
-                worst[name] = report
+        for report in compared(source.graph, operator, first(inputs), second(inputs)):
+            if report.name not in worst or not report.max_rel_diff <= worst[report.name].max_rel_diff:
+                worst[report.name] = report
     if not worst:
         raise GrowkitError("the two models have no output in common; expected the same class")
     types = {p.dtype for m in (source, target) for _, layer in m.graph.walk() for p in layer.parameters}
-    return Report(tuple(worst.values()), atol, max(TOLERANCES[dtype] for dtype in types))
+    return Report(tuple(worst.values()), atol, tolerance(types))
+
+
+def tolerance(dtypes: Iterable[str]) -> float:
+    """The largest relative difference that counts as preserved between models of these element types."""
+    return max((TOLERANCES[dtype] for dtype in dtypes if dtype in TOLERANCES), default=TOLERANCES["float64"])
+
+
+def compared(
+    graph: LayerGraph | None, operator: GrowthOperator | None, a: Mapping[str, Array], b: Mapping[str, Array]
+) -> Iterator[OutputReport]:
+    """Compare every output that both models gave.
+
+    Args:
+        graph: The source; None where nothing is known of its outputs, which are then compared as they are.
+        operator: What grew it, where that is known; an output in a grown space is compared through its read matrix.
+        a: The source's outputs by name.
+        b: The target's.
+
+    Raises:
+        GrowkitError: Where one output's shapes differ and no operator says how.
+    """
+    ports = {port.name: port for port in graph.outputs} if graph is not None else {}
+    for name in (name for name in a if name in b):
+        yield _compared(ports.get(name), operator, name, np.asarray(a[name]), np.asarray(b[name]))
 
 
 def _compared(
-    graph: LayerGraph, operator: GrowthOperator | None, name: str, a: np.ndarray, b: np.ndarray
+    port: Port | None, operator: GrowthOperator | None, name: str, a: np.ndarray, b: np.ndarray
 ) -> OutputReport:
-    port = next((port for port in graph.outputs if port.name == name), None)
     space = port.space if port is not None and operator is not None else None
     if space is not None and operator is not None:
         expansion = operator.expansions[space]

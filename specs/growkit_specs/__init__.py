@@ -1,7 +1,14 @@
 """What a model is: the axis notation, the layer graph, architecture files, targets and recipes."""
 
 from growkit_specs.architecture import Architecture, architecture_for, architectures, evaluate, load_architecture
-from growkit_specs.errors import GrowkitError, InvalidModel, InvalidTarget, LayoutError, UnsupportedModel
+from growkit_specs.errors import (
+    GrowkitError,
+    InvalidModel,
+    InvalidTarget,
+    LayoutError,
+    UnsupportedFormat,
+    UnsupportedModel,
+)
 from growkit_specs.layer_graph import Layer, LayerGraph, Parameter, Port, Space, Stack, Tensor
 from growkit_specs.layout import Axis, Concatenation, Fixed, Layout, Leaf, Product, parse_layout
 from growkit_specs.recipe import LayerMap, Recipe, Target, fresh_scale, layer_maps
@@ -28,6 +35,7 @@ __all__ = [
     "Stack",
     "Target",
     "Tensor",
+    "UnsupportedFormat",
     "UnsupportedModel",
     "architecture_for",
     "architectures",

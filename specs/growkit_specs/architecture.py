@@ -157,6 +157,7 @@ class Architecture(Spec):
         classes: For each model class, the head layers it has.
         spaces: The spaces, in an order in which each only refers to config keys and earlier spaces.
         config: The config keys.
+        tiny: A config of a model that tests can build at once. Sizes differ where an axis could be taken for another.
         naming: Further naming schemes, each a table of replacements in the names (another version's module names).
         ignored_tensors: Patterns of tensors that are derived, such as position numbers; they are not carried over.
         stem, stacks, head: The layers, in the order of computation.
@@ -171,6 +172,7 @@ class Architecture(Spec):
     classes: dict[str, ClassRule]
     spaces: dict[str, SpaceRule]
     config: ConfigRules
+    tiny: dict[str, Any] = Field(default_factory=dict)
     naming: tuple[dict[str, str], ...] = ()
     ignored_tensors: tuple[str, ...] = ()
     stem: dict[str, LayerRule] = Field(default_factory=dict)

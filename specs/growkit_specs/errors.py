@@ -21,3 +21,7 @@ class InvalidModel(GrowkitError):
 
 class InvalidTarget(GrowkitError):
     """Sizes that the source model cannot grow to."""
+
+
+class UnsupportedFormat(GrowkitError):
+    """A form that an adapter does not write models in, whatever the model."""

@@ -1,4 +1,4 @@
-"""Tiny random models, one config for each architecture file.
+"""Tiny random models, one for each architecture file.
 
 No two sizes are equal where an axis could be taken for another, and no entry is left at zero or one: what a fresh model
 has by its initialisation (biases of zero, scales of one) would hide what is lost or mixed up.
@@ -7,33 +7,8 @@ has by its initialisation (biases of zero, scales of one) would hide what is los
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
-from growkit_specs.architecture import architectures
-
-_STACK = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
-_TEXT = {**_STACK, "intermediate_size": 40, "vocab_size": 50, "max_position_embeddings": 20}
-_DECODER = {**_TEXT, "num_key_value_heads": 2, "pad_token_id": 0}
-_WINDOWS = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
-_IMAGE = {**_STACK, "image_size": 12, "patch_size": 4, "num_channels": 2}
-
-TINY: dict[str, dict[str, Any]] = {
-    "bert": _TEXT,
-    "deit": {**_IMAGE, "intermediate_size": 40, "encoder_stride": 4},
-    "dinov2": {**_IMAGE, "mlp_ratio": 2},
-    "distilbert": {
-        "dim": 24, "n_layers": 2, "n_heads": 4, "hidden_dim": 40, "vocab_size": 50, "max_position_embeddings": 20,
-    },
-    "gpt2": {"n_embd": 24, "n_layer": 2, "n_head": 4, "vocab_size": 50, "n_positions": 20, "pad_token_id": 0},
-    "llama": _DECODER,
-    "mistral": {**_DECODER, "sliding_window": 8},
-    "qwen2": {**_DECODER, **_WINDOWS},
-    "qwen3": {**_DECODER, **_WINDOWS, "head_dim": 8},
-    "roberta": _TEXT,
-    "vit": {**_IMAGE, "intermediate_size": 40, "encoder_stride": 4},
-}  # fmt: skip
-"""For each architecture file the config of its tiny model: 2 layers, hidden 24, 4 heads."""
+from growkit_specs import architectures
+from growkit_torch.testing import random_module
 
 
 def tiny(
@@ -45,24 +20,12 @@ def tiny(
         architecture: The architecture's name.
         class_name: The model's class; None takes the bare model.
         options: Further arguments of the class's constructor.
-        config: Config keys that differ from :data:`TINY`.
+        config: Config keys that differ from the file's ``tiny``.
     """
-    cls = getattr(transformers, class_name or architectures()[architecture].base_class)
-    labels = {"num_labels": 3} if "Classification" in cls.__name__ else {}
-    module = cls(cls.config_class(**{**TINY[architecture], **labels, **config}), **(options or {}))
-    return randomised(module).eval()
-
-
-def randomised(module: Any, seed: int = 0) -> Any:
-    """`module` with every parameter drawn anew: around one where it scales, around zero elsewhere."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for part in module.modules():
-            for name, parameter in part.named_parameters(recurse=False):
-                scales = name == "lambda1" or ("norm" in type(part).__name__.lower() and name == "weight")
-                parameter.normal_(0.0, 0.2, generator=generator)
-                parameter.add_(1.0 if scales else 0.0)
-    return module
+    file = architectures()[architecture]
+    class_name = class_name or file.base_class
+    labels = {"num_labels": 3} if "Classification" in class_name else {}
+    return random_module(class_name, {**file.tiny, **labels, **config}, options)
 
 
 def directory(tmp_path: Path, module: Any, name: str = "source") -> Path:

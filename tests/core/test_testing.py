@@ -1,6 +1,7 @@
 """What `growkit.testing` gives to others: valid by construction, and models that need no framework."""
 
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -16,11 +17,13 @@ from growkit.testing import (
     memory_model,
     random_weights,
     reference_forward,
+    spaces,
     targets,
     transformer,
 )
 from growkit.verify import generated_inputs
-from growkit_specs import GrowkitError, LayerGraph
+from growkit_specs import GrowkitError, LayerGraph, Space, parse_layout
+from growkit_specs.layer_graph import SpaceKind
 
 
 @given(layer_graphs(), st.data())
@@ -53,6 +56,23 @@ def test_every_weight_matters_to_some_output(graph: LayerGraph, data: st.DataObj
     is_key_bias = name.endswith(("k_proj.bias", "qkv_proj.bias"))  # it shifts all scores of a query alike
     if not is_key_bias:
         assert any(not np.array_equal(a[key], b[key]) for a, b in zip(before, after, strict=True) for key in a), name
+
+
+@given(spaces())
+def test_spaces_are_of_every_kind(space: Space) -> None:
+    assert space.kind in get_args(SpaceKind)
+    assert parse_layout(f"* {space.name}").spaces == (space.name,)
+
+
+def test_the_reference_says_what_it_does_not_understand() -> None:
+    graph = transformer(head="pooler")
+    kept = tuple(layer for layer in graph.head if layer.name != "pooler")
+    headless = graph.model_copy(update={"head": kept}).revalidated()
+    with pytest.raises(GrowkitError, match="does not understand this graph: nothing gives 'pooler'"):
+        reference_forward(headless, random_weights(headless), next(generated_inputs(headless, 0)))
+    untold = LayerGraph.model_validate_json(graph.model_dump_json().replace("positions", "buckets"))
+    with pytest.raises(GrowkitError, match="does not understand 'embedding': no input says which buckets"):
+        reference_forward(untold, random_weights(untold), next(generated_inputs(untold, 0)))
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -32,8 +32,8 @@ LAYERS = {
     "adapters/growkit_torch": requirements("torch") | {"growkit", "growkit_specs"},
     "adapters/growkit_onnx": requirements("onnx") | {"growkit", "growkit_specs"},
 }
-# The public test harness is the one module that needs a test library.
-EXTRA = {"growkit/testing.py": {"hypothesis", "pytest"}}
+# What is for tests, and public, needs a test library.
+FOR_TESTS = re.compile(r"growkit/testing/|adapters/growkit_\w+/testing\.py")
 FILES = [path.relative_to(ROOT).as_posix() for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
 
 
@@ -53,7 +53,12 @@ def imported_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
 @pytest.mark.parametrize("file", FILES)
 def test_imports_point_down(file: str) -> None:
     layer = next(layer for layer in LAYERS if file.startswith(f"{layer}/"))
-    allowed = LAYERS[layer] | EXTRA.get(file, set()) | {layer.rpartition("/")[2]} | set(sys.stdlib_module_names)
+    allowed = (
+        LAYERS[layer]
+        | {"hypothesis" if FOR_TESTS.match(file) else layer}
+        | {layer.rpartition("/")[2]}
+        | set(sys.stdlib_module_names)
+    )
     wrong = [
         f"{file}:{line} imports {name}; {layer} may import {', '.join(sorted(LAYERS[layer]))}"
         for line, name in imported_names(ast.parse((ROOT / file).read_text()))
