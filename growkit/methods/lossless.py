@@ -37,12 +37,12 @@ def _normed(growth: SpaceGrowth) -> Mapping[str, Expansion]:
     back, and epsilon follows; or, where epsilon must stay, everything written is multiplied by ``sqrt(D/d)``.
     """
     d, D = growth.source, growth.target
-    stays = growth.is_post_norm or growth.kind != "residual"
-    if growth.is_layer_norm and stays:
+    inside = growth.kind != "residual"
+    if growth.is_layer_norm and (inside or growth.writes_stream):
         return selections(growth, np.arange(D) % d)
     padded = pad(D, d)
     write = MeanFill(D, d) if growth.is_layer_norm else padded
-    if growth.keep_epsilon and not stays:
+    if growth.keep_epsilon and not inside and not growth.is_post_norm:  # readers of a post-norm stream see its scale
         kept = Expansion(scaled(write, sqrt(D / d)), padded, padded, gain=sqrt(D / d), fresh="read")
         return {growth.space: kept}
     return {growth.space: Expansion(write, padded, padded, gain=sqrt(D / d), variance=d / D, fresh="read")}
@@ -62,8 +62,8 @@ LOSSLESS = register(
     Method(
         name="lossless",
         summary="the exact construction for each norm; fresh entries only where the function does not see them",
-        exact_when="pre-norm: any ratio and depth; post-norm LayerNorm: whole ratios, same depth; head_dim without "
-        "rotary positions",
+        exact_when="pre-norm, RMSNorms after the branches too: any ratio and depth; post-norm LayerNorm: whole ratios, "
+        "same depth; head_dim without rotary positions",
         paper="Gesmundo and Maile, 2023, https://arxiv.org/abs/2308.06103; Wang et al., LEMON, ICLR 2024, "
         "https://arxiv.org/abs/2310.07999; Wu et al., LLaMA-Pro, ACL 2024, https://arxiv.org/abs/2401.02415",
         width=_lossless,

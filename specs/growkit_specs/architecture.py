@@ -92,6 +92,7 @@ class LayerRule(Spec):
     Attributes:
         kind: What it computes.
         through: The norm layer it reads its input through.
+        added_through: The norm layer its output goes through before it is added to the stream.
         optional: Whether it exists only with its tensors, because no config key tells.
         argument: The argument of the class's constructor that says whether an optional layer exists.
         when: The config key, or ``not KEY``, that must be true for the layer to exist.
@@ -101,6 +102,7 @@ class LayerRule(Spec):
 
     kind: LayerKind
     through: str | None = None
+    added_through: str | None = None
     optional: bool = False
     argument: str | None = None
     when: str | None = None
@@ -498,6 +500,7 @@ class _Builder:
             reads=tuple(dict.fromkeys(s for layout in layouts for s in sorted(layout.read_spaces()))),
             writes=tuple(dict.fromkeys(s for layout in layouts for s in sorted(layout.written_spaces()))),
             through=rule.through,
+            added_through=rule.added_through,
             parameters=parameters,
             attributes=self.resolve(rule.attributes),
         )

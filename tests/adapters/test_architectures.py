@@ -197,6 +197,9 @@ def test_a_config_that_omits_a_key_means_the_default(name: str) -> None:
         ("deit", "DeiTForImageClassificationWithTeacher", {"num_labels": 1000}, 87_338_192),  # base, distilled
         ("dinov2", "Dinov2Model", {"image_size": 518}, 86_580_480),  # base
         ("distilbert", "DistilBertModel", {}, 66_362_880),  # base, uncased
+        ("gemma", "GemmaForCausalLM",
+         {"hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 18, "num_attention_heads": 8,
+          "num_key_value_heads": 1}, 2_506_172_416),  # 2B
         ("gpt2", "GPT2LMHeadModel", {}, 124_439_808),
         ("llama", "LlamaForCausalLM", {}, 6_738_415_616),  # Llama 2 7B
         ("mistral", "MistralForCausalLM", {}, 7_241_732_096),  # 7B
@@ -315,6 +318,7 @@ def test_windows_that_a_threshold_says_follow_the_depth(tmp_path: Path) -> None:
 
 TIED = [("bert", "BertForMaskedLM"), ("roberta", "RobertaForMaskedLM"), ("distilbert", "DistilBertForMaskedLM")]
 TIED += [("gpt2", "GPT2LMHeadModel"), ("llama", "LlamaForCausalLM"), ("mistral", "MistralForCausalLM")]
+TIED += [("gemma", "GemmaForCausalLM")]
 TIED += [("qwen2", "Qwen2ForCausalLM"), ("qwen3", "Qwen3ForCausalLM")]
 
 

@@ -25,6 +25,7 @@ TINY: dict[str, dict[str, Any]] = {
     "distilbert": {
         "dim": 24, "n_layers": 2, "n_heads": 4, "hidden_dim": 40, "vocab_size": 50, "max_position_embeddings": 20,
     },
+    "gemma": {**_DECODER, "head_dim": 8},
     "gpt2": {"n_embd": 24, "n_layer": 2, "n_head": 4, "vocab_size": 50, "n_positions": 20, "pad_token_id": 0},
     "llama": _DECODER,
     "mistral": {**_DECODER, "sliding_window": 8},
@@ -54,14 +55,14 @@ def tiny(
 
 
 def randomised(module: Any, seed: int = 0) -> Any:
-    """`module` with every parameter drawn anew: around one where it scales, around zero elsewhere."""
+    """`module` with every parameter drawn anew: around what it starts with where it scales, around zero elsewhere."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for part in module.modules():
             for name, parameter in part.named_parameters(recurse=False):
                 scales = name == "lambda1" or ("norm" in type(part).__name__.lower() and name == "weight")
-                parameter.normal_(0.0, 0.2, generator=generator)
-                parameter.add_(1.0 if scales else 0.0)
+                centre = parameter.mean() if scales else 0.0  # zero where the norm computes with 1 + scale
+                parameter.normal_(0.0, 0.2, generator=generator).add_(centre)
     return module
 
 
