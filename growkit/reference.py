@@ -104,9 +104,8 @@ class _Run:
 
     def power(self, layer: Layer, space: str) -> float:
         """What multiplies what a layer reads of ``space`` or writes into it: ``hidden ** hidden_power``, or 1."""
-        return (
-            float(self.sizes[space] ** float(layer.attributes.get("hidden_power") or 0)) if space == "hidden" else 1.0
-        )
+        power = float(layer.attributes.get("hidden_power") or 0) if space == "hidden" else 0.0
+        return float(self.sizes[space] ** power)
 
     # --- layers ----------------------------------------------------------------------------------------------
 

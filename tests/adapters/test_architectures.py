@@ -201,6 +201,7 @@ def test_a_config_that_omits_a_key_means_the_default(name: str) -> None:
          {"hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 18, "num_attention_heads": 8,
           "num_key_value_heads": 1}, 2_506_172_416),  # 2B
         ("gpt2", "GPT2LMHeadModel", {}, 124_439_808),
+        ("gpt_neox", "GPTNeoXForCausalLM", {}, 20_554_567_680),  # 20B
         ("llama", "LlamaForCausalLM", {}, 6_738_415_616),  # Llama 2 7B
         ("mistral", "MistralForCausalLM", {}, 7_241_732_096),  # 7B
         ("qwen2", "Qwen2ForCausalLM",
@@ -318,7 +319,7 @@ def test_windows_that_a_threshold_says_follow_the_depth(tmp_path: Path) -> None:
 
 TIED = [("bert", "BertForMaskedLM"), ("roberta", "RobertaForMaskedLM"), ("distilbert", "DistilBertForMaskedLM")]
 TIED += [("gpt2", "GPT2LMHeadModel"), ("llama", "LlamaForCausalLM"), ("mistral", "MistralForCausalLM")]
-TIED += [("gemma", "GemmaForCausalLM")]
+TIED += [("gemma", "GemmaForCausalLM"), ("gpt_neox", "GPTNeoXForCausalLM")]
 TIED += [("qwen2", "Qwen2ForCausalLM"), ("qwen3", "Qwen3ForCausalLM")]
 
 
@@ -397,6 +398,7 @@ def test_names_of_stages_follow_the_depth_of_dinov2(tmp_path: Path) -> None:
         ("gpt2", "GPT2ForSequenceClassification", {"pad_token_id": None}),
         ("distilbert", "DistilBertForMaskedLM", {"sinusoidal_pos_embds": True}),
         ("roberta", "RobertaForCausalLM", {"is_decoder": True}),
+        ("gpt_neox", "GPTNeoXForCausalLM", {"use_parallel_residual": False, "attention_bias": False}),
     ],
 )
 def test_variants_grow_exactly(name: str, class_name: str, config: dict[str, Any], tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "gemma": {**_DECODER, "head_dim": 8},
     "gpt2": {"n_embd": 24, "n_layer": 2, "n_head": 4, "vocab_size": 50, "n_positions": 20, "pad_token_id": 0},
+    "gpt_neox": {**_TEXT, "pad_token_id": 0},
     "llama": _DECODER,
     "mistral": {**_DECODER, "sliding_window": 8},
     "qwen2": {**_DECODER, **_WINDOWS},
