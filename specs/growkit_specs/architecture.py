@@ -301,7 +301,7 @@ class Architecture(Spec):
                 **{
                     f"follows:{name}": rule.follows
                     for name, rule in self.spaces.items()
-                    if rule.follows and name in used and self._evaluate(rule.follows, sizes) == sizes[name]
+                    if rule.follows and name in used and self._evaluate(rule.follows, _with_heads(sizes)) == sizes[name]
                 },
             },
         )
@@ -338,6 +338,7 @@ class Architecture(Spec):
         """
         rules = self.config
         grown = dict(config)
+        _refuse_wider_rotary_lists(config, self.sizes(config), sizes)
         known: dict[str, Any] = {**sizes, **{self.stacks[name].depth: len(m) for name, m in layer_maps.items()}}
         values = {key: _whole(self._evaluate(expression, known)) for key, expression in rules.grown.items()}
         values = {key: value for key, value in values.items() if value is not None}  # sizes this class does not have
@@ -429,14 +430,34 @@ def evaluate(expression: str, known: Mapping[str, Any]) -> Any:
 
 def _rope_follows_positions(config: Config) -> bool:
     """Whether rotary frequencies are computed from the number of positions: longrope, and yarn without its own."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kinds = [rope, *(value for value in rope.values() if isinstance(value, Mapping))]  # one, or one per layer type
 
     def follows(kind: Mapping[str, Any]) -> bool:
         name = kind.get("rope_type") or kind.get("type")
-        return name == "longrope" or (name == "yarn" and not kind.get("original_max_position_embeddings"))
+        return name in ("longrope", "su") or (name == "yarn" and not kind.get("original_max_position_embeddings"))
 
-    return any(map(follows, kinds))
+    return any(map(follows, _rope_kinds(config)))
+
+
+def _rope_kinds(config: Config) -> list[Mapping[str, Any]]:
+    """The parameters of rotary positions: one set, or one for each layer type."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return [rope, *(value for value in rope.values() if isinstance(value, Mapping))]
+
+
+def _refuse_wider_rotary_lists(config: Config, old: Mapping[str, int], new: Mapping[str, int]) -> None:
+    """Refuse another head_dim where the config lists a factor for each rotary pair (longrope)."""
+    listed = [key for kind in _rope_kinds(config) for key, value in kind.items() if isinstance(value, (list, tuple))]
+    if listed and old.get("head_dim") != new.get("head_dim"):
+        raise InvalidTarget(
+            f"head_dim={new.get('head_dim')}: the config's rotary positions have {', '.join(listed)} for the pairs of "
+            f"head_dim {old.get('head_dim')}, and nothing says those of others; keep head_dim, with heads in ratio to "
+            "hidden"
+        )
+
+
+def _with_heads(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Sizes and, of heads in groups, their number, which follows from two of them."""
+    return {**sizes, **({"heads": sizes["kv_heads"] * sizes["group"]} if "kv_heads" in sizes else {})}
 
 
 def _whole(value: Any) -> Any:

@@ -204,6 +204,7 @@ def test_a_config_that_omits_a_key_means_the_default(name: str) -> None:
         ("gpt_neox", "GPTNeoXForCausalLM", {}, 20_554_567_680),  # 20B
         ("llama", "LlamaForCausalLM", {}, 6_738_415_616),  # Llama 2 7B
         ("mistral", "MistralForCausalLM", {}, 7_241_732_096),  # 7B
+        ("phi3", "Phi3ForCausalLM", {}, 3_821_079_552),  # mini
         ("qwen2", "Qwen2ForCausalLM",
          {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
           "num_key_value_heads": 2, "tie_word_embeddings": True}, 494_032_768),  # Qwen2.5 0.5B
@@ -319,7 +320,7 @@ def test_windows_that_a_threshold_says_follow_the_depth(tmp_path: Path) -> None:
 
 TIED = [("bert", "BertForMaskedLM"), ("roberta", "RobertaForMaskedLM"), ("distilbert", "DistilBertForMaskedLM")]
 TIED += [("gpt2", "GPT2LMHeadModel"), ("llama", "LlamaForCausalLM"), ("mistral", "MistralForCausalLM")]
-TIED += [("gemma", "GemmaForCausalLM"), ("gpt_neox", "GPTNeoXForCausalLM")]
+TIED += [("gemma", "GemmaForCausalLM"), ("gpt_neox", "GPTNeoXForCausalLM"), ("phi3", "Phi3ForCausalLM")]
 TIED += [("qwen2", "Qwen2ForCausalLM"), ("qwen3", "Qwen3ForCausalLM")]
 
 
@@ -383,6 +384,16 @@ def test_names_of_stages_follow_the_depth_of_dinov2(tmp_path: Path) -> None:
     assert loaded.config.stage_names == ["stem", "stage1", "stage2", "stage3", "stage4"]
 
 
+LONGROPE = {"type": "longrope", "short_factor": [1.0, 1.1, 1.2], "long_factor": [1.0, 2.0, 4.0]}
+
+
+def test_rotary_factors_that_are_listed_keep_head_dim() -> None:
+    source = growkit.read(tiny("phi3", rope_scaling=LONGROPE, original_max_position_embeddings=10))
+    with pytest.raises(InvalidTarget, match="head_dim=12: .* short_factor, long_factor for the pairs of head_dim 6"):
+        growkit.plan(source, hidden=48, heads=4)
+    assert not growkit.plan(source, positions=30).preserving
+
+
 # --- parts that not every model has ----------------------------------------------------------------------------------
 
 
@@ -399,6 +410,7 @@ def test_names_of_stages_follow_the_depth_of_dinov2(tmp_path: Path) -> None:
         ("distilbert", "DistilBertForMaskedLM", {"sinusoidal_pos_embds": True}),
         ("roberta", "RobertaForCausalLM", {"is_decoder": True}),
         ("gpt_neox", "GPTNeoXForCausalLM", {"use_parallel_residual": False, "attention_bias": False}),
+        ("phi3", "Phi3ForCausalLM", {"rope_scaling": LONGROPE, "original_max_position_embeddings": 10}),
     ],
 )
 def test_variants_grow_exactly(name: str, class_name: str, config: dict[str, Any], tmp_path: Path) -> None:

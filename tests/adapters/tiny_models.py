@@ -30,6 +30,7 @@ TINY: dict[str, dict[str, Any]] = {
     "gpt_neox": {**_TEXT, "pad_token_id": 0},
     "llama": _DECODER,
     "mistral": {**_DECODER, "sliding_window": 8},
+    "phi3": _DECODER,
     "qwen2": {**_DECODER, **_WINDOWS},
     "qwen3": {**_DECODER, **_WINDOWS, "head_dim": 8},
     "roberta": _TEXT,
