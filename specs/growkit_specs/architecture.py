@@ -124,14 +124,30 @@ class OutputRule(Port):
     bare: bool = False
 
 
+class PatternRule(Spec):
+    """What a list with one entry per layer holds where the config leaves it out: two values in turn.
+
+    Attributes:
+        period: An expression over config keys: every so many layers there is a ``last`` one.
+        usual: The entry of the layers before it.
+        last: The entry of the last layer of each period.
+    """
+
+    period: str | int
+    usual: str
+    last: str
+
+
 class ConfigRules(Spec):
     """What every config key means.
 
     Attributes:
         defaults: The keys that are handled, with the value a config that omits them means.
         grown: For each key that follows the growth, the expression that gives its new value.
-        supported: For keys whose other values would compute something else, the values that are understood.
+        supported: For keys whose other values would compute something else, the values that are understood; of a key
+            that holds one entry per layer, the entries.
         per_layer: Keys that hold one entry per layer, resized with the depth.
+        patterns: For keys of ``per_layer`` that a config may leave out, what they hold then.
         thresholds: Keys that hold a layer number below which (exclusive) layers differ from those above.
         derived: Keys that the framework derives from the depth; left out where the depth changes.
         divisible: Pairs of sizes of which the first must be a multiple of the second, because the framework insists.
@@ -142,6 +158,7 @@ class ConfigRules(Spec):
     grown: dict[str, str]
     supported: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
     per_layer: tuple[str, ...] = ()
+    patterns: dict[str, PatternRule] = Field(default_factory=dict)
     thresholds: tuple[str, ...] = ()
     derived: tuple[str, ...] = ()
     divisible: tuple[tuple[str, str], ...] = ()
@@ -210,11 +227,13 @@ class Architecture(Spec):
                 f"'{self.architecture}'; handle it or list it as ignored in {self.architecture}.yaml"
             )
         for key, values in rules.supported.items():
-            if key in config and config[key] not in values:
-                raise UnsupportedModel(
-                    f"config.json: {key} is {config[key]!r}; architecture '{self.architecture}' supports "
-                    f"{' or '.join(map(repr, values))}"
-                )
+            listed = key in rules.per_layer and isinstance(config.get(key), (list, tuple))
+            for value in config[key] if listed else [config[key]] if key in config else []:
+                if value not in values:
+                    raise UnsupportedModel(
+                        f"config.json: {key} is {value!r}{' for some layer' if listed else ''}; architecture "
+                        f"'{self.architecture}' supports {' or '.join(map(repr, values))}"
+                    )
 
     def value(self, config: Config, key: str) -> Any:
         """The value of a handled config key, its default where the config omits it."""
@@ -363,12 +382,9 @@ class Architecture(Spec):
         layer_map = next(iter(layer_maps.values()))
         depth = max(layer_map, default=-1) + 1
         for key in rules.per_layer:
-            if isinstance(config.get(key), (list, tuple)):
-                if len(config[key]) < depth:
-                    raise InvalidModel(
-                        f"config.json: {key} has {len(config[key])} entries, expected one for each layer"
-                    )
-                grown[key] = [config[key][source] for source in layer_map]
+            entries = self._per_layer(config, key, depth)
+            if entries is not None and (config.get(key) is not None or list(layer_map) != list(range(depth))):
+                grown[key] = [entries[source] for source in layer_map]
         for key in rules.thresholds:
             if config.get(key) is not None:
                 below = sum(source < config[key] for source in layer_map)
@@ -379,6 +395,19 @@ class Architecture(Spec):
         if untied:
             grown["tie_word_embeddings"] = False
         return grown
+
+    def _per_layer(self, config: Config, key: str, depth: int) -> Sequence[Any] | None:
+        """The entries of a key that holds one per layer: as they are listed, or as its pattern gives them."""
+        if isinstance(config.get(key), (list, tuple)):
+            if len(config[key]) < depth:
+                raise InvalidModel(f"config.json: {key} has {len(config[key])} entries, expected one for each layer")
+            listed: Sequence[Any] = config[key]
+            return listed
+        if key not in self.config.patterns:
+            return None
+        pattern = self.config.patterns[key]
+        period = self._evaluate(str(pattern.period), self._present(config))
+        return [pattern.usual if (layer + 1) % period else pattern.last for layer in range(depth)]
 
     def _unsaid(self, config: Config, known: Mapping[str, int]) -> dict[str, tuple[int, int]]:
         """Sizes that ``config`` would give otherwise than ``known`` says: {name: (got, wanted)}."""

@@ -187,7 +187,8 @@ def test_a_config_that_omits_a_key_means_the_default(name: str) -> None:
     }
     assert file.sizes({}) == file.sizes(config.to_dict())
     for key, values in file.config.supported.items():
-        assert getattr(config, key, values[0]) in values
+        value = getattr(config, key, values[0])
+        assert set(value if key in file.config.per_layer and value else [value]) <= set(values)
 
 
 @pytest.mark.parametrize(
@@ -200,6 +201,10 @@ def test_a_config_that_omits_a_key_means_the_default(name: str) -> None:
         ("gemma", "GemmaForCausalLM",
          {"hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 18, "num_attention_heads": 8,
           "num_key_value_heads": 1}, 2_506_172_416),  # 2B
+        ("gemma2", "Gemma2ForCausalLM", {}, 2_614_341_888),  # 2B
+        ("gemma3", "Gemma3ForCausalLM",
+         {"hidden_size": 1152, "intermediate_size": 6912, "num_attention_heads": 4, "num_key_value_heads": 1,
+          "vocab_size": 262144}, 999_885_952),  # 1B
         ("gpt2", "GPT2LMHeadModel", {}, 124_439_808),
         ("gpt_neox", "GPTNeoXForCausalLM", {}, 20_554_567_680),  # 20B
         ("llama", "LlamaForCausalLM", {}, 6_738_415_616),  # Llama 2 7B
@@ -304,9 +309,39 @@ def test_the_causal_masks_of_old_gpt2_checkpoints_are_left_behind(tmp_path: Path
 def test_lists_with_an_entry_per_layer_follow_the_depth(name: str, tmp_path: Path) -> None:
     path, out = directory(tmp_path, tiny(name)), tmp_path / "grown"
     written(growkit.read(path), out, layers=5)
-    assert config_of(path)["layer_types"] == ["full_attention", "sliding_attention"]
-    assert config_of(out)["layer_types"] == ["full_attention"] * 3 + ["sliding_attention"] * 2
-    assert config_of(out)["max_window_layers"] == 3
+    first, second = config_of(path)["layer_types"]
+    assert {first, second} == {"full_attention", "sliding_attention"}
+    assert config_of(out)["layer_types"] == [first] * 3 + [second] * 2
+    assert config_of(out).get("max_window_layers", 3) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"), [("gemma2", {}), ("gemma3", {"sliding_window_pattern": 2}), ("gemma3", {})]
+)
+def test_lists_that_a_pattern_gives_are_written_where_the_depth_changes(
+    name: str, pattern: dict[str, int], tmp_path: Path
+) -> None:
+    """Copied layers keep their type, which the pattern would change."""
+    path = directory(tmp_path, tiny(name))
+    config = {k: v for k, v in config_of(path).items() if "layer_types" not in k and "pattern" not in k} | pattern
+    (path / "config.json").write_text(json.dumps(config))
+    source = growkit.read(path)
+    types = transformers.AutoModel.from_pretrained(path).config.layer_types
+
+    grown = written(source, tmp_path / "deeper", layers=4)
+
+    assert growkit.verify(source, grown).preserved
+    loaded = transformers.AutoModel.from_pretrained(tmp_path / "deeper")
+    assert loaded.config.layer_types == [types[0], types[0], types[1], types[1]]
+    written(source, tmp_path / "wider", hidden=48)
+    assert "layer_types" not in config_of(tmp_path / "wider")
+
+
+def test_a_layer_type_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    path = directory(tmp_path, tiny("gemma2"))
+    edit_config(path, layer_types=["full_attention", "linear_attention"])
+    with pytest.raises(UnsupportedModel, match=r"layer_types is 'linear_attention' for some layer; .* supports"):
+        growkit.read(path)
 
 
 def test_windows_that_a_threshold_says_follow_the_depth(tmp_path: Path) -> None:
@@ -320,7 +355,13 @@ def test_windows_that_a_threshold_says_follow_the_depth(tmp_path: Path) -> None:
 
 TIED = [("bert", "BertForMaskedLM"), ("roberta", "RobertaForMaskedLM"), ("distilbert", "DistilBertForMaskedLM")]
 TIED += [("gpt2", "GPT2LMHeadModel"), ("llama", "LlamaForCausalLM"), ("mistral", "MistralForCausalLM")]
-TIED += [("gemma", "GemmaForCausalLM"), ("gpt_neox", "GPTNeoXForCausalLM"), ("phi3", "Phi3ForCausalLM")]
+TIED += [
+    ("gemma", "GemmaForCausalLM"),
+    ("gemma2", "Gemma2ForCausalLM"),
+    ("gemma3", "Gemma3ForCausalLM"),
+    ("gpt_neox", "GPTNeoXForCausalLM"),
+    ("phi3", "Phi3ForCausalLM"),
+]
 TIED += [("qwen2", "Qwen2ForCausalLM"), ("qwen3", "Qwen3ForCausalLM")]
 
 
@@ -341,7 +382,7 @@ def test_a_tie_stays_as_it_is(name: str, class_name: str, tie: bool, tmp_path: P
 
 def test_norms_that_share_an_epsilon_with_others_keep_it(tmp_path: Path) -> None:
     """Qwen3's norms over the heads do not grow with hidden; those of Qwen2 are all over hidden."""
-    for name, epsilon in (("qwen3", 1e-6), ("qwen2", 1e-6 * 24 / 36)):
+    for name, epsilon in (("qwen3", 1e-6), ("gemma3", 1e-6), ("qwen2", 1e-6 * 24 / 36), ("gemma2", 1e-6 * 24 / 36)):
         path = directory(tmp_path, tiny(name), name)
         written(growkit.read(path), tmp_path / f"{name}-grown", hidden=36)
         assert config_of(tmp_path / f"{name}-grown")["rms_norm_eps"] == pytest.approx(epsilon, rel=1e-9)
@@ -389,7 +430,7 @@ LONGROPE = {"type": "longrope", "short_factor": [1.0, 1.1, 1.2], "long_factor": 
 
 def test_rotary_factors_that_are_listed_keep_head_dim() -> None:
     source = growkit.read(tiny("phi3", rope_scaling=LONGROPE, original_max_position_embeddings=10))
-    with pytest.raises(InvalidTarget, match="head_dim=12: .* short_factor, long_factor for the pairs of head_dim 6"):
+    with pytest.raises(InvalidTarget, match=r"head_dim=12: .* short_factor, long_factor for the pairs of head_dim 6"):
         growkit.plan(source, hidden=48, heads=4)
     assert not growkit.plan(source, positions=30).preserving
 

@@ -26,6 +26,11 @@ TINY: dict[str, dict[str, Any]] = {
         "dim": 24, "n_layers": 2, "n_heads": 4, "hidden_dim": 40, "vocab_size": 50, "max_position_embeddings": 20,
     },
     "gemma": {**_DECODER, "head_dim": 8},
+    "gemma2": {**_DECODER, "head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 10},
+    "gemma3": {
+        **_DECODER, "head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 10,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "gpt2": {"n_embd": 24, "n_layer": 2, "n_head": 4, "vocab_size": 50, "n_positions": 20, "pad_token_id": 0},
     "gpt_neox": {**_TEXT, "pad_token_id": 0},
     "llama": _DECODER,
