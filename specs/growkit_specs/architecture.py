@@ -67,7 +67,8 @@ class ParameterRule(Spec):
     Attributes:
         name: The tensor's name; ``{base}`` stands for the base model's prefix, ``{layer}`` for the layer's number.
         layout: Its line of the axis notation.
-        when: The config key, or ``not KEY``, that must be true for the parameter to exist.
+        when: The condition for the parameter to exist: ``KEY``, ``not KEY``, ``a == b`` or ``a != b`` over config keys
+            and spaces, and several of these with ``and``.
         tied_to: The name of the parameter it is tied to where the config ties embeddings.
         optional: Whether a source that lacks it means its tie, whatever the config says.
     """
@@ -95,7 +96,8 @@ class LayerRule(Spec):
         added_through: The norm layer its output goes through before it is added to the stream.
         optional: Whether it exists only with its tensors, because no config key tells.
         argument: The argument of the class's constructor that says whether an optional layer exists.
-        when: The config key, or ``not KEY``, that must be true for the layer to exist.
+        when: The condition for the layer to exist, as a parameter's; what names it as its norm then reads or adds
+            without one.
         parameters: Its tensors, by slot.
         attributes: Facts of the computation; strings that start with ``$`` are expressions over config keys.
     """
@@ -119,9 +121,14 @@ class StackRule(Spec):
 
 
 class OutputRule(Port):
-    """An output of an architecture file; ``bare`` ones exist in the bare model only, the others only with a head."""
+    """An output of an architecture file; ``bare`` ones exist in the bare model only, the others only with a head.
+
+    Attributes:
+        when: The condition for the output to exist, as a parameter's.
+    """
 
     bare: bool = False
+    when: str | None = None
 
 
 class PatternRule(Spec):
@@ -287,7 +294,8 @@ class Architecture(Spec):
         if base is None:
             base = self.base_of(class_name)
         sizes = self.sizes(config)
-        build = _Builder(self, config, base, {} if naming == 0 else self.naming[naming - 1], has_tensor)
+        replacements = {} if naming == 0 else self.naming[naming - 1]
+        build = _Builder(self, config, sizes, base, replacements=replacements, has_tensor=has_tensor)
         head = {name: rule for name, rule in self.head.items() if name in self.classes[class_name].layers}
         stem, head_layers = build.layers(self.stem), build.layers(head)
         stacks = tuple(
@@ -312,7 +320,7 @@ class Architecture(Spec):
             outputs=tuple(
                 Port(name=port.name, space=port.space, through=port.through if port.through in norms else None)
                 for port in self.outputs
-                if port.space in used and port.bare == (class_name == self.base_class)
+                if port.space in used and port.bare == (class_name == self.base_class) and build.holds(port.when)
             ),
             attributes={
                 **build.resolve(self.attributes),
@@ -379,6 +387,11 @@ class Architecture(Spec):
                     f"{name}={size} is not a multiple of {unit} = {step}, which architecture '{self.architecture}' "
                     f"insists on; nearest {name}: {low} or {low + step}"
                 )
+        if lost := self._conditional(config) - self._conditional(grown):
+            raise InvalidTarget(
+                f"at these sizes a config of architecture '{self.architecture}' says a model without "
+                f"{', '.join(sorted(lost))}; choose others"
+            )
         layer_map = next(iter(layer_maps.values()))
         depth = max(layer_map, default=-1) + 1
         for key in rules.per_layer:
@@ -395,6 +408,12 @@ class Architecture(Spec):
         if untied:
             grown["tie_word_embeddings"] = False
         return grown
+
+    def _conditional(self, config: Config) -> set[str]:
+        """The layers with a condition that exist under ``config``."""
+        build = _Builder(self, config, self.sizes(config), "", replacements={}, has_tensor=lambda name: True)
+        blocks = (self.stem, self.head, *(stack.layers for stack in self.stacks.values()))
+        return {name for block in blocks for name, rule in block.items() if rule.when and build.holds(rule.when)}
 
     def _per_layer(self, config: Config, key: str, depth: int) -> Sequence[Any] | None:
         """The entries of a key that holds one per layer: as they are listed, or as its pattern gives them."""
@@ -500,7 +519,9 @@ class _Builder:
         self,
         architecture: Architecture,
         config: Config,
+        sizes: Mapping[str, int],
         base: str,
+        *,
         replacements: Mapping[str, str],
         has_tensor: Callable[[str], bool],
     ) -> None:
@@ -510,12 +531,19 @@ class _Builder:
         self.replacements = replacements
         self.has_tensor = has_tensor
         self.known = architecture._present(config)
+        self.sizes = sizes
 
     def holds(self, when: str | None) -> bool:
-        if when is None:
-            return True
-        key = when.removeprefix("not ")
-        return bool(self.architecture.value(self.config, key)) != when.startswith("not ")
+        return when is None or all(self.is_so(condition) for condition in when.split(" and "))
+
+    def is_so(self, condition: str) -> bool:
+        for sign in (" == ", " != "):
+            if sign in condition:
+                known = {**self.known, **self.sizes}
+                left, right = (self.architecture._evaluate(side, known) for side in condition.split(sign))
+                return bool((left == right) == (sign == " == "))
+        key = condition.removeprefix("not ")
+        return bool(self.architecture.value(self.config, key)) != condition.startswith("not ")
 
     def resolve(self, attributes: Mapping[str, Scalar]) -> dict[str, Scalar]:
         def value(raw: Scalar) -> Scalar:
@@ -531,11 +559,20 @@ class _Builder:
         return resolved
 
     def layers(self, rules: Mapping[str, LayerRule], prefix: str = "") -> tuple[Layer, ...]:
-        return tuple(layer for name, rule in rules.items() for layer in self.layer(name, rule, prefix))
+        present = {name: rule for name, rule in rules.items() if self.holds(rule.when)}
+        absent = rules.keys() - present.keys()  # norms among them are not read through, nor added through
+        return tuple(
+            layer.model_copy(
+                update={
+                    "through": None if layer.through in absent else layer.through,
+                    "added_through": None if layer.added_through in absent else layer.added_through,
+                }
+            )
+            for name, rule in present.items()
+            for layer in self.layer(name, rule, prefix)
+        )
 
     def layer(self, name: str, rule: LayerRule, prefix: str) -> Iterator[Layer]:
-        if not self.holds(rule.when):
-            return
         parameters = tuple(
             self.parameter(slot, parameter, prefix)
             for slot, parameter in rule.parameters.items()

@@ -209,6 +209,10 @@ def test_a_config_that_omits_a_key_means_the_default(name: str) -> None:
         ("gpt_neox", "GPTNeoXForCausalLM", {}, 20_554_567_680),  # 20B
         ("llama", "LlamaForCausalLM", {}, 6_738_415_616),  # Llama 2 7B
         ("mistral", "MistralForCausalLM", {}, 7_241_732_096),  # 7B
+        ("opt", "OPTForCausalLM", {}, 125_239_296),  # 125m
+        ("opt", "OPTForCausalLM",
+         {"hidden_size": 1024, "ffn_dim": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+          "word_embed_proj_dim": 512, "do_layer_norm_before": False}, 331_196_416),  # 350m
         ("phi3", "Phi3ForCausalLM", {}, 3_821_079_552),  # mini
         ("qwen2", "Qwen2ForCausalLM",
          {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
@@ -355,13 +359,8 @@ def test_windows_that_a_threshold_says_follow_the_depth(tmp_path: Path) -> None:
 
 TIED = [("bert", "BertForMaskedLM"), ("roberta", "RobertaForMaskedLM"), ("distilbert", "DistilBertForMaskedLM")]
 TIED += [("gpt2", "GPT2LMHeadModel"), ("llama", "LlamaForCausalLM"), ("mistral", "MistralForCausalLM")]
-TIED += [
-    ("gemma", "GemmaForCausalLM"),
-    ("gemma2", "Gemma2ForCausalLM"),
-    ("gemma3", "Gemma3ForCausalLM"),
-    ("gpt_neox", "GPTNeoXForCausalLM"),
-    ("phi3", "Phi3ForCausalLM"),
-]
+TIED += [("gemma", "GemmaForCausalLM"), ("gemma2", "Gemma2ForCausalLM"), ("gemma3", "Gemma3ForCausalLM")]
+TIED += [("gpt_neox", "GPTNeoXForCausalLM"), ("opt", "OPTForCausalLM"), ("phi3", "Phi3ForCausalLM")]
 TIED += [("qwen2", "Qwen2ForCausalLM"), ("qwen3", "Qwen3ForCausalLM")]
 
 
@@ -451,6 +450,9 @@ def test_rotary_factors_that_are_listed_keep_head_dim() -> None:
         ("distilbert", "DistilBertForMaskedLM", {"sinusoidal_pos_embds": True}),
         ("roberta", "RobertaForCausalLM", {"is_decoder": True}),
         ("gpt_neox", "GPTNeoXForCausalLM", {"use_parallel_residual": False, "attention_bias": False}),
+        ("opt", "OPTForCausalLM", {"word_embed_proj_dim": 16}),
+        ("opt", "OPTForSequenceClassification", {"word_embed_proj_dim": 16, "enable_bias": False}),
+        ("opt", "OPTModel", {"word_embed_proj_dim": 16}),
         ("phi3", "Phi3ForCausalLM", {"rope_scaling": LONGROPE, "original_max_position_embeddings": 10}),
     ],
 )
@@ -459,6 +461,26 @@ def test_variants_grow_exactly(name: str, class_name: str, config: dict[str, Any
     sizes = exact_growth(name)
     assert growkit.plan(source, **sizes).preserving
     assert growkit.verify(source, written(source, tmp_path / "grown", **sizes)).preserved
+
+
+def test_opt_with_norms_after_the_additions_keeps_whole_ratios(tmp_path: Path) -> None:
+    """What OPT 350m is: post-norm, embeddings narrower than hidden, no final norm."""
+    module = tiny("opt", "OPTForCausalLM", do_layer_norm_before=False, word_embed_proj_dim=16)
+    source = growkit.read(directory(tmp_path, module))
+    assert all(layer.through is None for _, layer in source.graph.walk())
+    assert not growkit.plan(source, hidden=36).preserving
+    grown = written(source, tmp_path / "grown", hidden=48)
+    assert growkit.plan(source, hidden=48).preserving
+    assert growkit.verify(source, grown).preserved
+    assert config_of(tmp_path / "grown")["word_embed_proj_dim"] == 16
+    assert_computes_the_same(module, type(module).from_pretrained(tmp_path / "grown"), grown)
+
+
+def test_sizes_at_which_a_layer_would_vanish_are_refused() -> None:
+    source = growkit.read(tiny("opt", "OPTForCausalLM", word_embed_proj_dim=48))
+    with pytest.raises(InvalidTarget, match="a config of architecture 'opt' says a model without narrow_embedding, "):
+        growkit.plan(source, hidden=48)
+    assert growkit.plan(source, hidden=36).preserving
 
 
 @pytest.mark.parametrize(

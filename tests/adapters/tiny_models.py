@@ -35,6 +35,10 @@ TINY: dict[str, dict[str, Any]] = {
     "gpt_neox": {**_TEXT, "pad_token_id": 0},
     "llama": _DECODER,
     "mistral": {**_DECODER, "sliding_window": 8},
+    "opt": {
+        "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 40, "vocab_size": 50,
+        "max_position_embeddings": 20,
+    },
     "phi3": _DECODER,
     "qwen2": {**_DECODER, **_WINDOWS},
     "qwen3": {**_DECODER, **_WINDOWS, "head_dim": 8},
