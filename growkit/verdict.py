@@ -199,6 +199,7 @@ class _Examination:
         moved = e.write.is_gather and all(np.log2(factor).is_integer() for factor in (e.gain, *powers))
         if halves and not moved and self.norms_over(space):
             what = f"norm scales times {1 / e.gain:.6g}" + ("" if e.write.is_gather else " and the writers' new rows")
+            what += "" if powers <= {1.0} else " and what is multiplied by a power of hidden"
             yield Reason(f"rounding over {space}", True, f"{what} are rounded to {', '.join(sorted(halves))}")
 
     def pointwise(self, space: str, e: Expansion, change: str) -> Reason:

@@ -541,6 +541,11 @@ class _Builder:
             if sign in condition:
                 known = {**self.known, **self.sizes}
                 left, right = (self.architecture._evaluate(side, known) for side in condition.split(sign))
+                if left is None or right is None:
+                    raise UnsupportedModel(
+                        f"{self.architecture.architecture}.yaml: the condition '{condition}' compares what is "
+                        "neither a config key with a value nor a space"
+                    )
                 return bool((left == right) == (sign == " == "))
         key = condition.removeprefix("not ")
         return bool(self.architecture.value(self.config, key)) != condition.startswith("not ")
