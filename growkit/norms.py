@@ -11,7 +11,7 @@ source's: where ``B = s C`` its scale takes ``s`` too, and its shift is ``B shif
 its stored scale (Gemma's ``1 + scale``) computes with the sum, so it is the sum that grows.
 
 Entries of the scale that nothing passes through yet are free; they take the mean of the trained ones, so that the new
-channels are read at the strength of the old ones from the first step. (E4, E4b and E5 of
+channels are read at the strength of the old ones from the first step. (E4, E4b, E4c and E5 of
 docs/explanation/exactness.md.)
 """
 

@@ -131,16 +131,16 @@ class OutputRule(Port):
     when: str | None = None
 
 
-class PatternRule(Spec):
-    """What a list with one entry per layer holds where the config leaves it out: two values in turn.
+class PeriodRule(Spec):
+    """The period that a list with one entry per layer repeats where the config leaves it out.
 
     Attributes:
-        period: An expression over config keys: every so many layers there is a ``last`` one.
-        usual: The entry of the layers before it.
-        last: The entry of the last layer of each period.
+        length: Its number of layers, an expression over config keys.
+        usual: The entry of its layers but the last.
+        last: The entry of its last layer.
     """
 
-    period: str | int
+    length: str | int
     usual: str
     last: str
 
@@ -154,7 +154,7 @@ class ConfigRules(Spec):
         supported: For keys whose other values would compute something else, the values that are understood; of a key
             that holds one entry per layer, the entries.
         per_layer: Keys that hold one entry per layer, resized with the depth.
-        patterns: For keys of ``per_layer`` that a config may leave out, what they hold then.
+        periods: For keys of ``per_layer`` that a config may leave out, the period they repeat then.
         thresholds: Keys that hold a layer number below which (exclusive) layers differ from those above.
         derived: Keys that the framework derives from the depth; left out where the depth changes.
         divisible: Pairs of sizes of which the first must be a multiple of the second, because the framework insists.
@@ -165,7 +165,7 @@ class ConfigRules(Spec):
     grown: dict[str, str]
     supported: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
     per_layer: tuple[str, ...] = ()
-    patterns: dict[str, PatternRule] = Field(default_factory=dict)
+    periods: dict[str, PeriodRule] = Field(default_factory=dict)
     thresholds: tuple[str, ...] = ()
     derived: tuple[str, ...] = ()
     divisible: tuple[tuple[str, str], ...] = ()
@@ -416,17 +416,17 @@ class Architecture(Spec):
         return {name for block in blocks for name, rule in block.items() if rule.when and build.holds(rule.when)}
 
     def _per_layer(self, config: Config, key: str, depth: int) -> Sequence[Any] | None:
-        """The entries of a key that holds one per layer: as they are listed, or as its pattern gives them."""
+        """The entries of a key that holds one per layer: as they are listed, or as its period gives them."""
         if isinstance(config.get(key), (list, tuple)):
             if len(config[key]) < depth:
                 raise InvalidModel(f"config.json: {key} has {len(config[key])} entries, expected one for each layer")
             listed: Sequence[Any] = config[key]
             return listed
-        if key not in self.config.patterns:
+        if key not in self.config.periods:
             return None
-        pattern = self.config.patterns[key]
-        period = self._evaluate(str(pattern.period), self._present(config))
-        return [pattern.usual if (layer + 1) % period else pattern.last for layer in range(depth)]
+        period = self.config.periods[key]
+        length = self._evaluate(str(period.length), self._present(config))
+        return [period.usual if (layer + 1) % length else period.last for layer in range(depth)]
 
     def _unsaid(self, config: Config, known: Mapping[str, int]) -> dict[str, tuple[int, int]]:
         """Sizes that ``config`` would give otherwise than ``known`` says: {name: (got, wanted)}."""

@@ -323,10 +323,10 @@ def test_lists_with_an_entry_per_layer_follow_the_depth(name: str, tmp_path: Pat
 @pytest.mark.parametrize(
     ("name", "pattern"), [("gemma2", {}), ("gemma3", {"sliding_window_pattern": 2}), ("gemma3", {})]
 )
-def test_lists_that_a_pattern_gives_are_written_where_the_depth_changes(
+def test_lists_that_a_period_gives_are_written_where_the_depth_changes(
     name: str, pattern: dict[str, int], tmp_path: Path
 ) -> None:
-    """Copied layers keep their type, which the pattern would change."""
+    """Copied layers keep their type, which the period would change."""
     path = directory(tmp_path, tiny(name))
     config = {k: v for k, v in config_of(path).items() if "layer_types" not in k and "pattern" not in k} | pattern
     (path / "config.json").write_text(json.dumps(config))

@@ -75,25 +75,25 @@ def test_a_condition_over_something_unknown_is_refused() -> None:
         small({"linear": layer}).graph({}, None)
 
 
-PATTERN = {
+PERIODIC = {
     "per_layer": ["kinds"],
-    "patterns": {"kinds": {"period": "period", "usual": "near", "last": "far"}},
+    "periods": {"kinds": {"length": "period", "usual": "near", "last": "far"}},
     "supported": {"kinds": [None, "near", "far"]},
 }
 
 
 def grown(config: dict[str, Any], layer_map: list[int]) -> dict[str, Any]:
     sizes = {"hidden": 4, "embed": 4}
-    return small(**PATTERN).grown_config(config, sizes, {"layers": layer_map}, epsilons={}, untied=False)
+    return small(**PERIODIC).grown_config(config, sizes, {"layers": layer_map}, epsilons={}, untied=False)
 
 
-def test_a_pattern_is_written_out_only_where_the_depth_changes() -> None:
+def test_a_period_is_written_out_only_where_the_depth_changes() -> None:
     assert "kinds" not in grown({"depth": 3}, [0, 1, 2])
     assert grown({"depth": 3}, [0, 0, 1, 2, 2])["kinds"] == ["near", "near", "near", "far", "far"]
     assert grown({"depth": 2, "period": 2}, [0, 1, 1])["kinds"] == ["near", "far", "far"]
 
 
-def test_a_list_comes_before_its_pattern() -> None:
+def test_a_list_comes_before_its_period() -> None:
     assert grown({"depth": 2, "kinds": ["far", "near"]}, [0, 1, 1])["kinds"] == ["far", "near", "near"]
     with pytest.raises(InvalidModel, match="kinds has 1 entries, expected one for each layer"):
         grown({"depth": 2, "kinds": ["far"]}, [0, 1])
@@ -101,7 +101,7 @@ def test_a_list_comes_before_its_pattern() -> None:
 
 def test_an_entry_that_is_not_supported_is_named() -> None:
     with pytest.raises(UnsupportedModel, match=r"kinds is 'round' for some layer; .* supports None or 'near' or 'far'"):
-        small(**PATTERN).graph({"depth": 2, "kinds": ["near", "round"]}, None)
+        small(**PERIODIC).graph({"depth": 2, "kinds": ["near", "round"]}, None)
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3"])
