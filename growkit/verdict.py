@@ -194,12 +194,16 @@ class _Examination:
 
     def rounding(self, space: str, e: Expansion) -> Iterator[Reason]:
         """Half types keep the function up to the rounding of what was scaled or averaged."""
-        powers = {self.operator.power(layer) for _, layer in self.graph.walk() if space == "hidden"}
+        powers = {1.0} | {self.operator.power(layer) for _, layer in self.graph.walk() if space == "hidden"}
         halves = {p.dtype for _, layer in self.graph.walk() for p in layer.parameters} & {"float16", "bfloat16"}
         moved = e.write.is_gather and all(np.log2(factor).is_integer() for factor in (e.gain, *powers))
         if halves and not moved and self.norms_over(space):
-            what = f"norm scales times {1 / e.gain:.6g}" + ("" if e.write.is_gather else " and the writers' new rows")
-            what += "" if powers <= {1.0} else " and what is multiplied by a power of hidden"
+            scaled = {
+                f"norm scales times {1 / e.gain:.6g}": e.gain != 1,
+                "the writers' new rows": not e.write.is_gather,
+                "layers that are multiplied by a power of hidden": powers != {1.0},
+            }
+            what = " and ".join(part for part, is_so in scaled.items() if is_so)
             yield Reason(f"rounding over {space}", True, f"{what} are rounded to {', '.join(sorted(halves))}")
 
     def pointwise(self, space: str, e: Expansion, change: str) -> Reason:

@@ -388,7 +388,7 @@ def test_norms_that_share_an_epsilon_with_others_keep_it(tmp_path: Path) -> None
         assert config_of(tmp_path / f"{name}-grown")["rms_norm_eps"] == pytest.approx(epsilon, rel=1e-9)
 
 
-@pytest.mark.parametrize(("name", "head_dim"), [("mistral", 6), ("qwen2", 6), ("qwen3", 8)])
+@pytest.mark.parametrize(("name", "head_dim"), [("mistral", 6), ("qwen2", 6), ("qwen3", 8), ("gemma", 8)])
 def test_heads_out_of_ratio_need_a_head_dim_of_their_own(name: str, head_dim: int, tmp_path: Path) -> None:
     module = tiny(name)
     source, out = growkit.read(directory(tmp_path, module)), tmp_path / "grown"

@@ -271,6 +271,14 @@ def test_e4b_a_scaled_stream_cancels_the_root_of_hidden() -> None:
     np.testing.assert_allclose(target.weights["table.weight"][:, :6], source.weights["table.weight"], rtol=1e-15)
 
 
+@pytest.mark.parametrize(("size", "told"), [(12, True), (24, False)])
+def test_half_types_round_what_a_power_of_hidden_scales(size: int, told: bool) -> None:
+    graph = graph_of(table_power=0.5, dtype="bfloat16")
+    reasons = verdict(graph, operator_for(graph, {"hidden": shared([*range(6)] * (size // 6))})).reasons
+    details = [reason.detail for reason in reasons if reason.condition == "rounding over hidden"]
+    assert details == ["layers that are multiplied by a power of hidden are rounded to bfloat16"] * told
+
+
 def test_norm_scales_with_an_offset_keep_every_bit_where_nothing_changes() -> None:
     graph = graph_of(offset=1.0)
     source = memory_model(graph)
