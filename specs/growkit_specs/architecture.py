@@ -365,7 +365,6 @@ class Architecture(Spec):
         """
         rules = self.config
         grown = dict(config)
-        _refuse_wider_rotary_lists(config, self.sizes(config), sizes)
         known: dict[str, Any] = {**sizes, **{self.stacks[name].depth: len(m) for name, m in layer_maps.items()}}
         values = {key: _whole(self._evaluate(expression, known)) for key, expression in rules.grown.items()}
         values = {key: value for key, value in values.items() if value is not None}  # sizes this class does not have
@@ -373,13 +372,26 @@ class Architecture(Spec):
         if self._unsaid(grown, known):  # keys the source left to their defaults, written only where they must be
             defaulted = [key for key in values if key in rules.defaults and config.get(key) is None]
             grown.update({key: values[key] for key in defaulted})
+        self._refuse_unsayable(config, grown, known)
+        layer_map = next(iter(layer_maps.values()))
+        grown.update(self._by_layer(config, layer_map))
+        if len(layer_map) != max(layer_map, default=-1) + 1:
+            grown = {key: value for key, value in grown.items() if key not in rules.derived}
+        grown.update(epsilons)
+        if untied:
+            grown["tie_word_embeddings"] = False
+        return grown
+
+    def _refuse_unsayable(self, config: Config, grown: Config, known: Mapping[str, int]) -> None:
+        """Refuse sizes that the grown config would not say, or would say of another model."""
+        _refuse_wider_rotary_lists(config, self.sizes(config), known)
         if unsaid := self._unsaid(grown, known):
             name, (got, wanted) = next(iter(unsaid.items()))
             raise InvalidTarget(
                 f"{name}={wanted} cannot be said in a config of architecture '{self.architecture}', where {name} would "
                 f"be {got} ({self.spaces[name].size if name in self.spaces else name})"
             )
-        for name, unit in rules.divisible:
+        for name, unit in self.config.divisible:
             size, step = (_whole(self._evaluate(expression, known)) for expression in (name, unit))
             if size % step:
                 low = size - size % step
@@ -392,21 +404,19 @@ class Architecture(Spec):
                 f"at these sizes a config of architecture '{self.architecture}' says a model without "
                 f"{', '.join(sorted(lost))}; choose others"
             )
-        layer_map = next(iter(layer_maps.values()))
+
+    def _by_layer(self, config: Config, layer_map: Sequence[int]) -> dict[str, Any]:
+        """The keys that tell layers apart, such that every layer stays what the one it descends from is."""
+        grown: dict[str, Any] = {}
         depth = max(layer_map, default=-1) + 1
-        for key in rules.per_layer:
+        for key in self.config.per_layer:
             entries = self._per_layer(config, key, depth)
             if entries is not None and (config.get(key) is not None or list(layer_map) != list(range(depth))):
                 grown[key] = [entries[source] for source in layer_map]
-        for key in rules.thresholds:
+        for key in self.config.thresholds:
             if config.get(key) is not None:
                 below = sum(source < config[key] for source in layer_map)
                 grown[key] = below if below < len(layer_map) else max(config[key], below)
-        if len(layer_map) != depth:
-            grown = {key: value for key, value in grown.items() if key not in rules.derived}
-        grown.update(epsilons)
-        if untied:
-            grown["tie_word_embeddings"] = False
         return grown
 
     def _conditional(self, config: Config) -> set[str]:
