@@ -6,8 +6,12 @@ A norm sees ``B x`` and gives ``gain * C norm(x)``, with its variance multiplied
     shift'   = C shift
     epsilon' = variance * epsilon
 
+The output of a norm after a branch or after the residual addition goes into the stream, which must be ``B`` times the
+source's: where ``B = s C`` its scale takes ``s`` too, and its shift is ``B shift``. A norm that adds an ``offset`` to
+its stored scale (Gemma's ``1 + scale``) computes with the sum, so it is the sum that grows.
+
 Entries of the scale that nothing passes through yet are free; they take the mean of the trained ones, so that the new
-channels are read at the strength of the old ones from the first step. (E4, E4b and E5 of
+channels are read at the strength of the old ones from the first step. (E4, E4b, E4c and E5 of
 docs/explanation/exactness.md.)
 """
 
@@ -23,19 +27,21 @@ if TYPE_CHECKING:
     from growkit.operator import Expansion
 
 
-def grown_scale(expansion: Expansion, scale: Array, fill: float | None, factor: float) -> Array:
-    """A norm's scale, ``(d,)`` to ``(D,)``.
+def grown_scale(expansion: Expansion, scale: Array, fill: float | None, factor: float, *, offset: float = 0.0) -> Array:
+    """A norm's stored scale, ``(d,)`` to ``(D,)``.
 
     Args:
         expansion: How the norm's space grows.
-        scale: The trained scale.
-        fill: The value of free entries; None takes the mean of ``scale``.
+        scale: The trained scale, as it is stored.
+        fill: The value of free entries, the offset included; None takes the mean of the trained ones.
         factor: A factor on the norm's whole output.
+        offset: What the norm adds to the stored scale.
     """
-    pattern = expansion.seen.pattern
+    pattern, factor = expansion.seen.pattern, factor / expansion.gain
     if pattern is None:  # a learned, dense C: LiGO's published rule
-        return expansion.seen.apply(scale) * (factor / expansion.gain)
-    return _picked(pattern, scale, fill) * (factor / expansion.gain)
+        return expansion.seen.apply(scale + offset) * factor - offset
+    # (scale + offset) * factor - offset, such that a factor of 1 leaves every bit alone
+    return _picked(pattern, scale, fill if fill is None else fill - offset) * factor + offset * (factor - 1)
 
 
 def grown_layer_scale(expansion: Expansion, scale: Array, fill: float | None) -> Array:

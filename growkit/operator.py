@@ -37,7 +37,7 @@ from growkit.matrices import (
     scaled,
     to_state,
 )
-from growkit_specs import Axis, Concatenation, Fixed, GrowkitError, Leaf, Product, Stack, Tensor
+from growkit_specs import Axis, Concatenation, Fixed, GrowkitError, Layer, Leaf, Product, Stack, Tensor
 from growkit_specs.layout import product, spaces_of
 
 Side = Literal["write", "read", "seen"]
@@ -84,6 +84,12 @@ class Expansion:
         """Whether this is anything but the identity."""
         maps = (self.write, self.read, self.seen)
         return not (all(matrix.is_identity for matrix in maps) and self.gain == 1 and self.variance == 1)
+
+    @property
+    def rewrite(self) -> float:
+        """``s`` where ``B = s C``: the factor on a norm's output that goes back into the stream."""
+        written, seen = (matrix.apply(np.ones(matrix.shape[1])) for matrix in (self.write, self.seen))
+        return float(written @ seen / (seen @ seen)) if seen.any() else 1.0
 
 
 def norm_key(stack: Stack | str | None, name: str | None) -> str:
@@ -209,10 +215,12 @@ class GrowthOperator:
         row = (w[term.r or 0] if np.ndim(w) == 3 else w)[target.layer]
         layers = np.flatnonzero(row) if isinstance(row, np.ndarray) else range(len(row))
         row = row.tolist() if isinstance(row, np.ndarray) else row  # Python's numbers leave the element type alone
+        offset = _offset(target)  # stored = computed with - offset, and it is what is computed with that is blended
         if len(layers) == 0:
-            return 0 * source(target.key, 0)
+            return 0 * source(target.key, 0) - offset
         terms = [self._folded(target, source, int(j)) for j in layers]
-        return sum((row[j] * W for j, W in zip(layers[1:], terms[1:], strict=True)), _times(row[layers[0]], terms[0]))
+        W = sum((row[j] * W for j, W in zip(layers[1:], terms[1:], strict=True)), _times(row[layers[0]], terms[0]))
+        return W + offset * (sum(row) - 1) if offset else W
 
     def widened(self, target: Tensor, W: Array, source: Source, term: Term = Term()) -> Array:
         """``B_r W A_r^T``: each axis of ``W`` mapped by the matrix of its space."""
@@ -264,7 +272,9 @@ class GrowthOperator:
         """
         layout = target.parameter.parsed
         role = layout.roles[axis]
-        chosen: Side = side or {"write": "write", "read": "read"}.get(role, "seen")  # type: ignore[assignment]
+        back: Side = "write" if target.owner.writes_stream else "seen"
+        own: dict[str, Side] = {"write": "write", "read": "read", "shift": back}
+        chosen = side or own.get(role, "seen")
         if role in ("write", "read") and target.owner.through is None and chosen == "seen":
             chosen = "write"  # read without a norm: what is seen is what was written
 
@@ -276,10 +286,15 @@ class GrowthOperator:
         matrix = self._composed(layout.axes[axis], target.parameter.bases, leaf, place(target))
         if role in ("scale", "shift"):
             return scaled(matrix, self.norm_factors.get(norm_key(target.stack, target.owner.name), 1.0))
+        factor = 1 / self.power(target.owner) if "hidden" in spaces_of(layout.axes[axis]) else 1.0
         if role == "read" and target.owner.through is not None and not self._is_tied(target):
-            factor = self.norm_factors.get(norm_key(target.stack, target.owner.through), 1.0)
-            return scaled(matrix, 1 / factor if chosen == "read" else factor)
-        return matrix
+            factor *= self.norm_factors.get(norm_key(target.stack, target.owner.through), 1.0)
+        return scaled(matrix, factor if side == "seen" else 1 / factor)
+
+    def power(self, layer: Layer) -> float:
+        """``(d/D)^p``: what takes back that the model multiplies a layer by ``hidden^p``, its ``hidden_power``."""
+        D, d = self.expansions["hidden"].write.shape if "hidden" in self.expansions else (1, 1)
+        return float((d / D) ** float(layer.attributes.get("hidden_power") or 0))
 
     def matrix(self, side: Side, axis: Axis, bases: Sequence[str] = ()) -> Matrix:
         """The matrix of an axis on one side, composed from its spaces."""
@@ -371,7 +386,9 @@ class GrowthOperator:
         if target.parameter.module == "layer_scale":
             return norms.grown_layer_scale(expansion, W, fill)
         factor = self.norm_factors.get(norm_key(target.stack, target.owner.name), 1.0)
-        return norms.grown_scale(expansion, W, fill, factor)
+        if target.owner.writes_stream:
+            factor *= expansion.rewrite
+        return norms.grown_scale(expansion, W, fill, factor, offset=_offset(target))
 
     def _needs_fold(self, target: Tensor) -> bool:
         """Whether a layer scale multiplies what this tensor writes, by a matrix that mixes channels."""
@@ -480,6 +497,11 @@ class GrowthOperator:
             )
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise GrowkitError(f"{path}: not a growth operator that growkit saved ({error})") from None
+
+
+def _offset(target: Tensor) -> float:
+    """What a norm adds to its stored scale; 0 for every other tensor."""
+    return float(target.owner.attributes.get("offset") or 0) if target.parameter.parsed.sign == "*" else 0.0
 
 
 def _along(vector: Array, axis: int, like: Array) -> Array:

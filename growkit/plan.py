@@ -235,7 +235,7 @@ def _keeps_epsilon(source: LayerGraph, sizes: Mapping[str, int], space: str) -> 
 def _variance_ratio(source: LayerGraph, sizes: Mapping[str, int], space: str) -> Fraction:
     """What padding multiplies a norm's variance by; a LayerNorm whose output is written on is tiled, and keeps it."""
     layers = source.norms_over(space)
-    stays = source.kinds[space] != "residual" or any(layer.is_post_norm for layer in layers)
+    stays = source.kinds[space] != "residual" or any(layer.writes_stream for layer in layers)
     if stays and any(layer.attributes.get("norm") == "layer" for layer in layers):
         return Fraction(1)
     return Fraction(source.sizes[space], sizes[space])

@@ -24,9 +24,9 @@ def reference_forward(
 ) -> dict[str, Values]:
     """Run a transformer.
 
-    A layer is understood by its kind and the names of its slots. Attention and MLPs are added to the stream, a norm
-    in ``post`` position replaces it, everything else gives a value of the space it writes. Norms over ``head_dim``
-    called ``q_norm`` and ``k_norm`` act inside the attention of their block.
+    A layer is understood by its kind and the names of its slots. Attention and MLPs are added to the stream, through a
+    norm where they name one; a norm in ``post`` position replaces it; everything else gives a value of the space it
+    writes. Norms over ``head_dim`` called ``q_norm`` and ``k_norm`` act inside the attention of their block.
 
     Args:
         graph: The model.
@@ -107,9 +107,14 @@ class _Run:
 
     def read(self, layer: Layer) -> Values:
         """What a layer reads: the output of a norm, or the value of its first parameter's space."""
-        if layer.through is not None:
-            return self.normed[layer.through]
-        return self.values[str(layer.parameters[0].parsed.reads[0])]
+        space = str(layer.parameters[0].parsed.reads[0])
+        value = self.values[space] if layer.through is None else self.normed[layer.through]
+        return value * self.power(layer, space)
+
+    def power(self, layer: Layer, space: str) -> float:
+        """What multiplies what a layer reads of ``space`` or writes into it: ``hidden ** hidden_power``, or 1."""
+        power = float(layer.attributes.get("hidden_power") or 0) if space == "hidden" else 0.0
+        return float(self.sizes[space] ** power)
 
     # --- layers ----------------------------------------------------------------------------------------------
 
@@ -119,12 +124,12 @@ class _Run:
             (space,), (into,) = map(str, parameter.parsed.reads), map(str, parameter.parsed.writes)
             if space not in self.ids and space != "positions":
                 raise GrowkitError(f"the reference does not understand '{layer.name}': no input says which {space}")
-            vectors = self.mapping(parameter)[self.ids.get(space, np.arange(length))]
+            vectors = self.mapping(parameter)[self.ids.get(space, np.arange(length))] * self.power(layer, into)
             self.values[into] = vectors + self.values[into] if into in self.values else vectors
 
     def norm(self, layer: Layer) -> None:
         (space,) = layer.parameters[0].parsed.spaces
-        if space == "head_dim":  # inside the attention
+        if space == "head_dim" or layer.is_branch_norm:  # inside the attention, or where a branch is added
             return
         self.normed[layer.name] = self.normalised(layer, self.values[space])
         if layer.is_post_norm:
@@ -133,8 +138,9 @@ class _Run:
     def normalised(self, layer: Layer, x: Values) -> Values:
         x = x if layer.attributes["norm"] == "rms" else x - x.mean(-1, keepdims=True)
         x = x / np.sqrt(np.mean(x * x, -1, keepdims=True) + float(layer.attributes["epsilon"] or 0))
+        offset = float(layer.attributes.get("offset") or 0)
         for parameter in layer.parameters:
-            x = x * self.array(parameter) if parameter.parsed.sign == "*" else x + self.array(parameter)
+            x = x * (self.array(parameter) + offset) if parameter.parsed.sign == "*" else x + self.array(parameter)
         return x
 
     def map(self, layer: Layer, x: Values) -> None:
@@ -148,7 +154,9 @@ class _Run:
         """Map what a branch computed back into the stream, and add it there."""
         y, scale = self.linear(layer, module, x), layer.parameter("layer_scale")
         (space,) = map(str, _filling(layer, f"{module}.weight").parsed.writes)
-        self.values[space] = self.values[space] + (y if scale is None else y * self.array(scale))
+        y = y if scale is None else y * self.array(scale)
+        y = y if layer.added_through is None else self.normalised(self.norms[layer.added_through], y)
+        self.values[space] = self.values[space] + y
 
     def units(self, layer: Layer, x: Values) -> Values:
         if layer.parameter("gate_up_proj.weight"):

@@ -7,7 +7,7 @@ the conditions of docs/explanation/exactness.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -122,18 +122,23 @@ class _Examination:
         kinds = {str(layer.attributes.get("norm")) for layer in layers}
         d, D = e.write.shape[1], e.write.shape[0]
         for kind in sorted(kinds):
-            post = any(layer.is_post_norm for layer in layers)
-            stays = post or self.graph.kinds[space] != "residual"
+            own = [layer for layer in layers if str(layer.attributes.get("norm")) == kind]
+            written = any(layer.writes_stream for layer in own)
+            stays = written or self.graph.kinds[space] != "residual"
             name = f"{'RMSNorm' if kind == 'rms' else 'LayerNorm'} over {space}"
             x = self.probes(d)
             grown = e.write.apply(x, 1)
             with np.errstate(all="ignore"):
                 holds = _close(norms.normalised(kind, grown), e.gain * e.seen.apply(norms.normalised(kind, x), 1))
                 holds &= _close(norms.mean_square(kind, grown), e.variance * norms.mean_square(kind, x))
+                if written:  # the norm's output goes into the stream, where it must be B times the source's
+                    scale = self.probes(d)[0]
+                    given = norms.grown_scale(e, scale, None, e.rewrite) * norms.normalised(kind, grown)
+                    holds &= _close(given, e.write.apply(scale * norms.normalised(kind, x), 1))
             holds &= e.seen.pattern is not None  # scale and shift are elementwise: channels are picked, never mixed
-            if stays:  # the norm's output is written on
+            if stays and not written:
                 holds &= _close(e.seen.apply(x, 1), grown)
-            where = "after the residual addition" if post else "before each branch" if not stays else "inside the head"
+            where = self.position(space, own)
             needs = "only whole ratios keep it" if stays and kind == "layer" else "this map does not keep it"
             detail = f"{change}, ratio {D / d:g}, norm {where}: " + ("kept" if holds else needs)
             yield Reason(name, bool(holds), detail)
@@ -156,6 +161,14 @@ class _Examination:
             yield Reason(
                 f"epsilon over {space}", False, f"{', '.join(fixed)}: epsilon is no config key and cannot follow"
             )
+
+    def position(self, space: str, layers: Sequence[Layer]) -> str:
+        """Where norms stand, in words; of several places, the one that asks for most."""
+        if any(layer.is_post_norm for layer in layers):
+            return "after the residual addition"
+        if any(layer.is_branch_norm for layer in layers):
+            return "after each branch"
+        return "before each branch" if self.graph.kinds[space] == "residual" else "inside the head"
 
     def rotary_length(self, space: str, e: Expansion) -> Iterator[Reason]:
         """Rotary frequencies that are computed from the number of positions (yarn, longrope) change with it."""
@@ -186,10 +199,16 @@ class _Examination:
 
     def rounding(self, space: str, e: Expansion) -> Iterator[Reason]:
         """Half types keep the function up to the rounding of what was scaled or averaged."""
+        powers = {1.0} | {self.operator.power(layer) for _, layer in self.graph.walk() if space == "hidden"}
         halves = {p.dtype for _, layer in self.graph.walk() for p in layer.parameters} & {"float16", "bfloat16"}
-        moved = e.write.is_gather and np.log2(e.gain).is_integer()
+        moved = e.write.is_gather and all(np.log2(factor).is_integer() for factor in (e.gain, *powers))
         if halves and not moved and self.graph.norms_over(space):
-            what = f"norm scales times {1 / e.gain:.6g}" + ("" if e.write.is_gather else " and the writers' new rows")
+            scaled = {
+                f"norm scales times {1 / e.gain:.6g}": e.gain != 1,
+                "the writers' new rows": not e.write.is_gather,
+                "layers that are multiplied by a power of hidden": powers != {1.0},
+            }
+            what = " and ".join(part for part, is_so in scaled.items() if is_so)
             yield Reason(f"rounding over {space}", True, f"{what} are rounded to {', '.join(sorted(halves))}")
 
     def pointwise(self, space: str, e: Expansion, change: str) -> Reason:
@@ -371,13 +390,12 @@ def tie_factor(graph: LayerGraph, operator: GrowthOperator, name: str) -> float 
     tensors = {t.name: t for t in graph.tensors(tied=True)}
     head = tensors[name]
     table = tensors[str(head.parameter.tied_to)]
-    (read,) = head.parameter.parsed.reads
-    (written,) = table.parameter.parsed.writes
-    seen = operator.matrix("seen" if head.owner.through else "write", read)
+    seen = operator.axis_matrix(head, head.parameter.parsed.roles.index("read"), "seen")
+    write = operator.axis_matrix(table, table.parameter.parsed.roles.index("write"))
     x = np.random.default_rng(0).standard_normal(seen.shape[1])
-    if operator.matrix("write", written).shape != seen.shape:
+    if write.shape != seen.shape:
         return None
-    back = operator.matrix("write", written).mT.apply(seen.apply(x))
+    back = write.mT.apply(seen.apply(x))
     ratio = float(back @ x / (x @ x))
     if ratio == 0 or not _close(back, ratio * x):
         return None

@@ -11,7 +11,7 @@ import numpy as np
 
 from growkit.matrices import Array
 from growkit.model import Model
-from growkit_specs import GrowkitError, UnsupportedModel
+from growkit_specs import GrowkitError, LayerGraph, UnsupportedModel
 from growkit_torch.read import Origin, as_numpy, as_torch
 
 
@@ -93,18 +93,24 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _norms_in_float64(module: Any) -> None:
+def _norms_in_float64(module: Any, graph: LayerGraph) -> None:
     """Transformers' RMSNorms compute in float32 whatever they are given; here they keep float64."""
     from functools import partial
 
     import torch
 
-    def forward(norm: Any, x: Any) -> Any:
-        return norm.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+    offsets = {layer.attributes.get("offset", 0) for _, layer in graph.walk() if layer.attributes.get("norm") == "rms"}
+    if len(offsets) != 1:  # none there, or which has which is not known
+        return
+    (offset,) = offsets
+
+    def forward(norm: Any, epsilon: float, x: Any) -> Any:
+        return (norm.weight + offset) * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
 
     for norm in module.modules():
-        if hasattr(norm, "variance_epsilon"):
-            norm.forward = partial(forward, norm)
+        epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+        if epsilon is not None and not isinstance(norm, torch.nn.LayerNorm):
+            norm.forward = partial(forward, norm, epsilon)
 
 
 @contextmanager
@@ -144,7 +150,7 @@ class ModuleForward:
         stored = {tensor.parameter.dtype for tensor in model.graph.tensors()}
         self.module = build(model, torch.float64 if stored & {"float64", "float32"} else torch.float32)
         if self.module.dtype == torch.float64:
-            _norms_in_float64(self.module)
+            _norms_in_float64(self.module, model.graph)
         self.module.to(self.device)
         if getattr(self.module.config, "pad_token_id", 0) is None:
             self.module.config.pad_token_id = -1  # no token pads: classifiers of sequences read the last one

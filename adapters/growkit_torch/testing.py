@@ -52,12 +52,12 @@ def random_module(
 
 
 def randomised(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """``module`` with every parameter drawn anew: around one where it scales, around zero elsewhere."""
+    """``module`` with every parameter drawn anew: around what it starts with where it scales, around zero elsewhere."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for part in module.modules():
             for name, parameter in part.named_parameters(recurse=False):
                 scales = name == "lambda1" or ("norm" in type(part).__name__.lower() and name == "weight")
-                parameter.normal_(0.0, 0.2, generator=generator)
-                parameter.add_(1.0 if scales else 0.0)
+                centre = parameter.mean() if scales else 0.0  # zero where the norm computes with 1 + scale
+                parameter.normal_(0.0, 0.2, generator=generator).add_(centre)
     return module

@@ -26,7 +26,9 @@ def _lossless(growth: SpaceGrowth) -> Expansions:
     if not growth.is_normed:
         return silent(growth)
     laid_bare = growth.keep_epsilon and (growth.is_written_on or growth.is_read_raw)
-    tiles = growth.is_whole and (laid_bare or (growth.is_layer_norm and growth.is_written_on))
+    tiles = growth.is_whole and (
+        laid_bare or (growth.is_layer_norm and (growth.kind != "residual" or growth.writes_stream))
+    )
     return filled(growth, copies=_whole_copies(growth) if tiles else 1)
 
 
@@ -63,8 +65,8 @@ LOSSLESS = register(
     Method(
         name="lossless",
         summary="the exact construction for each norm; fresh entries only where the function does not see them",
-        exact_when="pre-norm: any ratio and depth; post-norm LayerNorm: whole ratios, same depth; head_dim without "
-        "rotary positions",
+        exact_when="pre-norm, RMSNorms after the branches too: any ratio and depth; post-norm LayerNorm: whole ratios, "
+        "same depth; head_dim without rotary positions",
         paper=f"{_GESMUNDO}; {_LEMON}; Wu et al., LLaMA-Pro, ACL 2024, https://arxiv.org/abs/2401.02415",
         use="keep",
         width=_lossless,

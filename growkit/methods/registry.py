@@ -67,6 +67,11 @@ class SpaceGrowth:
         )
 
     @property
+    def writes_stream(self) -> bool:
+        """Whether a norm's output goes into the stream, as the stream itself or added to it."""
+        return any(norm.writes_stream for norm in self.norms)
+
+    @property
     def is_layer_norm(self) -> bool:
         """Whether a LayerNorm, which also takes out the mean, stands over this space."""
         return any(norm.attributes.get("norm") == "layer" for norm in self.norms)

@@ -78,7 +78,7 @@ def random_weights(graph: LayerGraph, seed: int = 0) -> dict[str, Array]:
         layout = tensor.parameter.parsed
         drawn = rng.standard_normal(tensor.shape)
         if layout.sign == "*":
-            drawn = 1 + 0.3 * np.tanh(drawn)
+            drawn = 1 - float(tensor.owner.attributes.get("offset") or 0) + 0.3 * np.tanh(drawn)
         elif tensor.owner.kind != "embedding":
             drawn /= np.sqrt(prod(axis_size(axis, graph.sizes) for axis in layout.reads))
         weights[tensor.name] = drawn.astype(dtype_of(tensor.parameter.dtype))

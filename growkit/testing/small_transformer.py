@@ -24,9 +24,13 @@ class Transformer:
         positions: Positions.
         depths: The depth of each stack.
         norm: The kind of all norms.
+        offset: What the norms add to their stored scales.
         block: Norms before the branches, after the residual additions, or before two parallel branches.
+        branch_norms: Whether what a branch gives is normed before it is added to the stream.
         stem: A bare embedding; one whose norm is the stream; or a narrow one, normed and projected.
         head: What reads the stream at last.
+        table_power: The power of ``hidden`` that multiplies what the embedding writes into it.
+        head_power: The power of ``hidden`` that multiplies what the ``lm_head`` reads of it.
         final_norm: The name of a pre-norm model's last norm; None leaves it out.
         epsilon: One config key for all norms, one for each norm, or no key: a constant in the code.
         qkv: Separate projections, or how the fused one is laid out.
@@ -52,9 +56,13 @@ class Transformer:
     positions: int = 5
     depths: tuple[int, ...] = (2,)
     norm: Literal["rms", "layer"] = "rms"
+    offset: float = 0.0
     block: Literal["pre", "post", "parallel"] = "pre"
+    branch_norms: bool = False
     stem: Literal["plain", "normed", "factored"] = "plain"
     head: Literal["untied", "tied", "transform", "pooler", "bare"] = "untied"
+    table_power: float = 0.0
+    head_power: float = 0.0
     final_norm: str | None = "final_norm"
     epsilon: Literal["shared", "own", "fixed"] = "shared"
     qkv: Literal["separate", "product", "interleaved", "concatenation"] = "separate"
@@ -149,7 +157,7 @@ class _Draft:
         tables = [self.weight("table", "vocab", space)]
         if self.f.learned_positions:
             tables.append(self.weight("position_table", "positions", space))
-        yield self.layer("embedding", "embedding", tables)
+        yield self.layer("embedding", "embedding", tables, {"hidden_power": self.f.table_power})
         if self.f.stem != "plain":
             yield self.norm("embedding_norm", space, "post")
         if self.f.stem == "factored":
@@ -168,6 +176,8 @@ class _Draft:
             yield from (*attention, norms[0], mlp, norms[1])
         else:
             yield from (*norms, *attention, mlp)
+        for name in ("attention", "mlp") if self.f.branch_norms else ():
+            yield self.norm(f"{name}_branch_norm", "hidden", "branch", prefix)
 
     def attention(self, prefix: str) -> Iterator[Layer]:
         joined = f"({self.queries} + {self.keys} + {self.keys})"
@@ -208,7 +218,8 @@ class _Draft:
         if self.f.layer_scale:
             parameters.append(self.parameter(f"{prefix}{kind}.", "layer_scale", "* hidden"))
         through = None if self.f.block == "post" else f"{kind}_norm"
-        return self.layer(kind, kind, parameters, attributes, through)
+        layer = self.layer(kind, kind, parameters, attributes, through)
+        return layer.model_copy(update={"added_through": f"{kind}_branch_norm"}) if self.f.branch_norms else layer
 
     def head(self) -> Iterator[Layer]:
         if self.last_norm is not None:
@@ -235,14 +246,14 @@ class _Draft:
         if self.f.head != "untied" and fits:
             layout = f"{space} -> vocab" if "table" in self.f.transposed else f"vocab <- {space}"
             parameters[0] = self.parameter("", "lm_head.weight", layout, tied_to="table.weight")
-        return self.layer("lm_head", "head", parameters, through=through)
+        return self.layer("lm_head", "head", parameters, {"hidden_power": self.f.head_power}, through)
 
     def norm(self, name: str, space: str, position: str, prefix: str = "", slot: str = "") -> Layer:
         prefix = f"{prefix}{name}."
         parameters = [self.parameter(prefix, f"{slot}scale", f"* {space}")]
         if self.f.norm == "layer" and self.f.biases:
             parameters.append(self.parameter(prefix, f"{slot}shift", f"+ {space}"))
-        attributes = {"norm": self.f.norm, "position": position, "epsilon": 0.05}
+        attributes = {"norm": self.f.norm, "position": position, "epsilon": 0.2, "offset": self.f.offset}
         key = {"shared": "norm_eps", "own": f"{name}_eps", "fixed": None}[self.f.epsilon]
         return self.layer(name, "norm", parameters, attributes | ({"epsilon_key": key} if key else {}))
 

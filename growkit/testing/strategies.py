@@ -21,7 +21,7 @@ from growkit.matrices import (
     pad,
 )
 from growkit.testing.small_transformer import MODULES, transformer
-from growkit_specs import Axis, Fixed, LayerGraph, Layout, Leaf, Product, Space, Target
+from growkit_specs import Axis, Fixed, LayerGraph, Layout, Leaf, Space, Target
 from growkit_specs.layer_graph import SpaceKind
 from growkit_specs.layout import concatenation, product
 
@@ -126,7 +126,11 @@ def layer_graphs(**features: st.SearchStrategy[Any]) -> st.SearchStrategy[LayerG
         "positions": st.integers(2, 6),
         "depths": st.lists(st.integers(1, 3), min_size=1, max_size=2).map(tuple),
         "norm": st.sampled_from(("rms", "layer")),
+        "offset": st.sampled_from((0.0, 1.0)),
         "block": st.sampled_from(("pre", "post", "parallel")),
+        "branch_norms": st.booleans(),
+        "table_power": st.sampled_from((0.0, 0.5)),
+        "head_power": st.sampled_from((0.0, -0.5)),
         "stem": st.sampled_from(("plain", "plain", "normed", "factored")),
         "head": st.sampled_from(("untied", "tied", "transform", "pooler", "bare")),
         "final_norm": st.sampled_from(("final_norm", "attention_norm", None)),  # a name is its block's own
@@ -195,14 +199,7 @@ def _every_head_size(draw: st.DrawFn, graph: LayerGraph) -> dict[str, int]:
         if name in graph.sizes:
             drawn[name] = draw(_grown(old[name]))
     heads = drawn["kv_heads"] * drawn.pop("group") if "group" in drawn else drawn["heads"]
-    factors = (1,) if _interleaves_bases(graph) else (1, 2)
-    head_dim = old["head_dim"] * draw(st.sampled_from(factors))  # even stays even, as rotary positions need
+    head_dim = old["head_dim"] * draw(st.sampled_from((1, 2)))  # even stays even, as rotary positions need
     is_tied = "follows:head_dim" in graph.attributes
     hidden = heads * head_dim if is_tied else draw(_grown(old["hidden"]))
     return {**drawn, "hidden": hidden, "heads": heads, "head_dim": head_dim}
-
-
-def _interleaves_bases(graph: LayerGraph) -> bool:
-    """Whether queries, keys and values alternate along a fused axis, so that their heads cannot grow apart."""
-    fused = [p.parsed.writes[0] for _, layer in graph.walk() for p in layer.parameters if len(p.bases) > 1]
-    return any(isinstance(axis, Product) and axis.factors[0] != Fixed(3) for axis in fused)

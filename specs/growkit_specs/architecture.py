@@ -67,7 +67,8 @@ class ParameterRule(Spec):
     Attributes:
         name: The tensor's name; ``{base}`` stands for the base model's prefix, ``{layer}`` for the layer's number.
         layout: Its line of the axis notation.
-        when: The config key, or ``not KEY``, that must be true for the parameter to exist.
+        when: The condition for the parameter to exist: ``KEY``, ``not KEY``, ``a == b`` or ``a != b`` over config keys
+            and spaces, and several of these with ``and``.
         tied_to: The name of the parameter it is tied to where the config ties embeddings.
         optional: Whether a source that lacks it means its tie, whatever the config says.
     """
@@ -92,15 +93,18 @@ class LayerRule(Spec):
     Attributes:
         kind: What it computes.
         through: The norm layer it reads its input through.
+        added_through: The norm layer its output goes through before it is added to the stream.
         optional: Whether it exists only with its tensors, because no config key tells.
         argument: The argument of the class's constructor that says whether an optional layer exists.
-        when: The config key, or ``not KEY``, that must be true for the layer to exist.
+        when: The condition for the layer to exist, as a parameter's; what names it as its norm then reads or adds
+            without one.
         parameters: Its tensors, by slot.
         attributes: Facts of the computation; strings that start with ``$`` are expressions over config keys.
     """
 
     kind: LayerKind
     through: str | None = None
+    added_through: str | None = None
     optional: bool = False
     argument: str | None = None
     when: str | None = None
@@ -117,9 +121,28 @@ class StackRule(Spec):
 
 
 class OutputRule(Port):
-    """An output of an architecture file; ``bare`` ones exist in the bare model only, the others only with a head."""
+    """An output of an architecture file; ``bare`` ones exist in the bare model only, the others only with a head.
+
+    Attributes:
+        when: The condition for the output to exist, as a parameter's.
+    """
 
     bare: bool = False
+    when: str | None = None
+
+
+class PeriodRule(Spec):
+    """The period that a list with one entry per layer repeats where the config leaves it out.
+
+    Attributes:
+        length: Its number of layers, an expression over config keys.
+        usual: The entry of its layers but the last.
+        last: The entry of its last layer.
+    """
+
+    length: str | int
+    usual: str
+    last: str
 
 
 class ConfigRules(Spec):
@@ -128,8 +151,10 @@ class ConfigRules(Spec):
     Attributes:
         defaults: The keys that are handled, with the value a config that omits them means.
         grown: For each key that follows the growth, the expression that gives its new value.
-        supported: For keys whose other values would compute something else, the values that are understood.
+        supported: For keys whose other values would compute something else, the values that are understood; of a key
+            that holds one entry per layer, the entries.
         per_layer: Keys that hold one entry per layer, resized with the depth.
+        periods: For keys of ``per_layer`` that a config may leave out, the period they repeat then.
         thresholds: Keys that hold a layer number below which (exclusive) layers differ from those above.
         derived: Keys that the framework derives from the depth; left out where the depth changes.
         divisible: Pairs of sizes of which the first must be a multiple of the second, because the framework insists.
@@ -140,6 +165,7 @@ class ConfigRules(Spec):
     grown: dict[str, str]
     supported: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
     per_layer: tuple[str, ...] = ()
+    periods: dict[str, PeriodRule] = Field(default_factory=dict)
     thresholds: tuple[str, ...] = ()
     derived: tuple[str, ...] = ()
     divisible: tuple[tuple[str, str], ...] = ()
@@ -210,11 +236,13 @@ class Architecture(Spec):
                 f"'{self.architecture}'; handle it or list it as ignored in {self.architecture}.yaml"
             )
         for key, values in rules.supported.items():
-            if key in config and config[key] not in values:
-                raise UnsupportedModel(
-                    f"config.json: {key} is {config[key]!r}; architecture '{self.architecture}' supports "
-                    f"{' or '.join(map(repr, values))}"
-                )
+            listed = key in rules.per_layer and isinstance(config.get(key), (list, tuple))
+            for value in config[key] if listed else [config[key]] if key in config else []:
+                if value not in values:
+                    raise UnsupportedModel(
+                        f"config.json: {key} is {value!r}{' for some layer' if listed else ''}; architecture "
+                        f"'{self.architecture}' supports {' or '.join(map(repr, values))}"
+                    )
 
     def value(self, config: Config, key: str) -> Any:
         """The value of a handled config key, its default where the config omits it."""
@@ -268,7 +296,8 @@ class Architecture(Spec):
         if base is None:
             base = self.base_of(class_name)
         sizes = self.sizes(config)
-        build = _Builder(self, config, base, {} if naming == 0 else self.naming[naming - 1], has_tensor)
+        replacements = {} if naming == 0 else self.naming[naming - 1]
+        build = _Builder(self, config, sizes, base, replacements=replacements, has_tensor=has_tensor)
         head = {name: rule for name, rule in self.head.items() if name in self.classes[class_name].layers}
         stem, head_layers = build.layers(self.stem), build.layers(head)
         stacks = tuple(
@@ -293,7 +322,7 @@ class Architecture(Spec):
             outputs=tuple(
                 Port(name=port.name, space=port.space, through=port.through if port.through in norms else None)
                 for port in self.outputs
-                if port.space in used and port.bare == (class_name == self.base_class)
+                if port.space in used and port.bare == (class_name == self.base_class) and build.holds(port.when)
             ),
             attributes={
                 **build.resolve(self.attributes),
@@ -301,7 +330,7 @@ class Architecture(Spec):
                 **{
                     f"follows:{name}": rule.follows
                     for name, rule in self.spaces.items()
-                    if rule.follows and name in used and self._evaluate(rule.follows, sizes) == sizes[name]
+                    if rule.follows and name in used and self._evaluate(rule.follows, _with_heads(sizes)) == sizes[name]
                 },
             },
         )
@@ -345,13 +374,26 @@ class Architecture(Spec):
         if self._unsaid(grown, known):  # keys the source left to their defaults, written only where they must be
             defaulted = [key for key in values if key in rules.defaults and config.get(key) is None]
             grown.update({key: values[key] for key in defaulted})
+        self._refuse_unsayable(config, grown, known)
+        layer_map = next(iter(layer_maps.values()))
+        grown.update(self._by_layer(config, layer_map))
+        if len(layer_map) != max(layer_map, default=-1) + 1:
+            grown = {key: value for key, value in grown.items() if key not in rules.derived}
+        grown.update(epsilons)
+        if untied:
+            grown["tie_word_embeddings"] = False
+        return grown
+
+    def _refuse_unsayable(self, config: Config, grown: Config, known: Mapping[str, int]) -> None:
+        """Refuse sizes that the grown config would not say, or would say of another model."""
+        _refuse_wider_rotary_lists(config, self.sizes(config), known)
         if unsaid := self._unsaid(grown, known):
             name, (got, wanted) = next(iter(unsaid.items()))
             raise InvalidTarget(
                 f"{name}={wanted} cannot be said in a config of architecture '{self.architecture}', where {name} would "
                 f"be {got} ({self.spaces[name].size if name in self.spaces else name})"
             )
-        for name, unit in rules.divisible:
+        for name, unit in self.config.divisible:
             size, step = (_whole(self._evaluate(expression, known)) for expression in (name, unit))
             if size % step:
                 low = size - size % step
@@ -359,25 +401,44 @@ class Architecture(Spec):
                     f"{name}={size} is not a multiple of {unit} = {step}, which architecture '{self.architecture}' "
                     f"insists on; nearest {name}: {low} or {low + step}"
                 )
-        layer_map = next(iter(layer_maps.values()))
+        if lost := self._conditional(config) - self._conditional(grown):
+            raise InvalidTarget(
+                f"at these sizes a config of architecture '{self.architecture}' says a model without "
+                f"{', '.join(sorted(lost))}; choose others"
+            )
+
+    def _by_layer(self, config: Config, layer_map: Sequence[int]) -> dict[str, Any]:
+        """The keys that tell layers apart, such that every layer stays what the one it descends from is."""
+        grown: dict[str, Any] = {}
         depth = max(layer_map, default=-1) + 1
-        for key in rules.per_layer:
-            if isinstance(config.get(key), (list, tuple)):
-                if len(config[key]) < depth:
-                    raise InvalidModel(
-                        f"config.json: {key} has {len(config[key])} entries, expected one for each layer"
-                    )
-                grown[key] = [config[key][source] for source in layer_map]
-        for key in rules.thresholds:
+        for key in self.config.per_layer:
+            entries = self._per_layer(config, key, depth)
+            if entries is not None and (config.get(key) is not None or list(layer_map) != list(range(depth))):
+                grown[key] = [entries[source] for source in layer_map]
+        for key in self.config.thresholds:
             if config.get(key) is not None:
                 below = sum(source < config[key] for source in layer_map)
                 grown[key] = below if below < len(layer_map) else max(config[key], below)
-        if len(layer_map) != depth:
-            grown = {key: value for key, value in grown.items() if key not in rules.derived}
-        grown.update(epsilons)
-        if untied:
-            grown["tie_word_embeddings"] = False
         return grown
+
+    def _conditional(self, config: Config) -> set[str]:
+        """The layers with a condition that exist under ``config``."""
+        build = _Builder(self, config, self.sizes(config), "", replacements={}, has_tensor=lambda name: True)
+        blocks = (self.stem, self.head, *(stack.layers for stack in self.stacks.values()))
+        return {name for block in blocks for name, rule in block.items() if rule.when and build.holds(rule.when)}
+
+    def _per_layer(self, config: Config, key: str, depth: int) -> Sequence[Any] | None:
+        """The entries of a key that holds one per layer: as they are listed, or as its period gives them."""
+        if isinstance(config.get(key), (list, tuple)):
+            if len(config[key]) < depth:
+                raise InvalidModel(f"config.json: {key} has {len(config[key])} entries, expected one for each layer")
+            listed: Sequence[Any] = config[key]
+            return listed
+        if key not in self.config.periods:
+            return None
+        period = self.config.periods[key]
+        length = self._evaluate(str(period.length), self._present(config))
+        return [period.usual if (layer + 1) % length else period.last for layer in range(depth)]
 
     def _unsaid(self, config: Config, known: Mapping[str, int]) -> dict[str, tuple[int, int]]:
         """Sizes that ``config`` would give otherwise than ``known`` says: {name: (got, wanted)}."""
@@ -429,14 +490,34 @@ def evaluate(expression: str, known: Mapping[str, Any]) -> Any:
 
 def _rope_follows_positions(config: Config) -> bool:
     """Whether rotary frequencies are computed from the number of positions: longrope, and yarn without its own."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kinds = [rope, *(value for value in rope.values() if isinstance(value, Mapping))]  # one, or one per layer type
 
     def follows(kind: Mapping[str, Any]) -> bool:
         name = kind.get("rope_type") or kind.get("type")
-        return name == "longrope" or (name == "yarn" and not kind.get("original_max_position_embeddings"))
+        return name in ("longrope", "su") or (name == "yarn" and not kind.get("original_max_position_embeddings"))
 
-    return any(map(follows, kinds))
+    return any(map(follows, _rope_kinds(config)))
+
+
+def _rope_kinds(config: Config) -> list[Mapping[str, Any]]:
+    """The parameters of rotary positions: one set, or one for each layer type."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return [rope, *(value for value in rope.values() if isinstance(value, Mapping))]
+
+
+def _refuse_wider_rotary_lists(config: Config, old: Mapping[str, int], new: Mapping[str, int]) -> None:
+    """Refuse another head_dim where the config lists a factor for each rotary pair (longrope)."""
+    listed = [key for kind in _rope_kinds(config) for key, value in kind.items() if isinstance(value, (list, tuple))]
+    if listed and old.get("head_dim") != new.get("head_dim"):
+        raise InvalidTarget(
+            f"head_dim={new.get('head_dim')}: the config's rotary positions have {', '.join(listed)} for the pairs of "
+            f"head_dim {old.get('head_dim')}, and nothing says those of others; keep head_dim, with heads in ratio to "
+            "hidden"
+        )
+
+
+def _with_heads(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Sizes and, of heads in groups, their number, which follows from two of them."""
+    return {**sizes, **({"heads": sizes["kv_heads"] * sizes["group"]} if "kv_heads" in sizes else {})}
 
 
 def _whole(value: Any) -> Any:
@@ -450,7 +531,9 @@ class _Builder:
         self,
         architecture: Architecture,
         config: Config,
+        sizes: Mapping[str, int],
         base: str,
+        *,
         replacements: Mapping[str, str],
         has_tensor: Callable[[str], bool],
     ) -> None:
@@ -460,12 +543,24 @@ class _Builder:
         self.replacements = replacements
         self.has_tensor = has_tensor
         self.known = architecture._present(config)
+        self.sizes = sizes
 
     def holds(self, when: str | None) -> bool:
-        if when is None:
-            return True
-        key = when.removeprefix("not ")
-        return bool(self.architecture.value(self.config, key)) != when.startswith("not ")
+        return when is None or all(self.is_so(condition) for condition in when.split(" and "))
+
+    def is_so(self, condition: str) -> bool:
+        for sign in (" == ", " != "):
+            if sign in condition:
+                known = {**self.known, **self.sizes}
+                left, right = (self.architecture._evaluate(side, known) for side in condition.split(sign))
+                if left is None or right is None:
+                    raise UnsupportedModel(
+                        f"{self.architecture.architecture}.yaml: the condition '{condition}' compares what is "
+                        "neither a config key with a value nor a space"
+                    )
+                return bool((left == right) == (sign == " == "))
+        key = condition.removeprefix("not ")
+        return bool(self.architecture.value(self.config, key)) != condition.startswith("not ")
 
     def resolve(self, attributes: Mapping[str, Scalar]) -> dict[str, Scalar]:
         def value(raw: Scalar) -> Scalar:
@@ -481,11 +576,20 @@ class _Builder:
         return resolved
 
     def layers(self, rules: Mapping[str, LayerRule], prefix: str = "") -> tuple[Layer, ...]:
-        return tuple(layer for name, rule in rules.items() for layer in self.layer(name, rule, prefix))
+        present = {name: rule for name, rule in rules.items() if self.holds(rule.when)}
+        absent = rules.keys() - present.keys()  # norms among them are not read through, nor added through
+        return tuple(
+            layer.model_copy(
+                update={
+                    "through": None if layer.through in absent else layer.through,
+                    "added_through": None if layer.added_through in absent else layer.added_through,
+                }
+            )
+            for name, rule in present.items()
+            for layer in self.layer(name, rule, prefix)
+        )
 
     def layer(self, name: str, rule: LayerRule, prefix: str) -> Iterator[Layer]:
-        if not self.holds(rule.when):
-            return
         parameters = tuple(
             self.parameter(slot, parameter, prefix)
             for slot, parameter in rule.parameters.items()
@@ -500,6 +604,7 @@ class _Builder:
             reads=tuple(dict.fromkeys(s for layout in layouts for s in sorted(layout.read_spaces()))),
             writes=tuple(dict.fromkeys(s for layout in layouts for s in sorted(layout.written_spaces()))),
             through=rule.through,
+            added_through=rule.added_through,
             parameters=parameters,
             attributes=self.resolve(rule.attributes),
         )

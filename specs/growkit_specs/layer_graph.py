@@ -104,9 +104,12 @@ class Layer(Spec):
         reads: The spaces it reads.
         writes: The spaces it writes.
         through: The norm layer it reads its input through, where it does not read the space itself.
+        added_through: The norm layer its output goes through before it is added to the stream, where there is one.
         parameters: Its tensors.
         attributes: Facts of the computation: ``norm`` (``rms`` or ``layer``), ``position`` (``pre``: the output goes
-            to readers; ``post``: the output is the stream), ``epsilon``, ``activation``, ``rope``, ``causal``, ...
+            to readers; ``post``: the output is the stream; ``branch``: the output is added to the stream), ``epsilon``,
+            ``offset`` (what a norm adds to its stored scale), ``hidden_power`` (the power of the size of ``hidden``
+            that multiplies what the layer writes into it, or reads of it), ``activation``, ``rope``, ``causal``, ...
     """
 
     name: str
@@ -114,6 +117,7 @@ class Layer(Spec):
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
     through: str | None = None
+    added_through: str | None = None
     parameters: tuple[Parameter, ...] = ()
     attributes: dict[str, Scalar] = Field(default_factory=dict)
 
@@ -121,6 +125,16 @@ class Layer(Spec):
     def is_post_norm(self) -> bool:
         """Whether this is a norm whose output is the stream itself."""
         return self.kind == "norm" and self.attributes.get("position") == "post"
+
+    @property
+    def is_branch_norm(self) -> bool:
+        """Whether this is a norm over a branch's output, before that is added to the stream."""
+        return self.kind == "norm" and self.attributes.get("position") == "branch"
+
+    @property
+    def writes_stream(self) -> bool:
+        """Whether this is a norm whose output goes into the stream, not to readers."""
+        return self.is_post_norm or self.is_branch_norm
 
     def parameter(self, slot: str) -> Parameter | None:
         """The parameter that fills ``slot``, if there is one."""
@@ -225,6 +239,10 @@ class LayerGraph(Spec):
                 raise ValueError(f"the norm '{layer.name}' has no parameter that says which space it is over")
             if layer.through is not None:
                 self.norm(layer.through, stack)
+            if layer.added_through is not None and not self.norm(layer.added_through, stack).is_branch_norm:
+                raise ValueError(
+                    f"'{layer.name}' is added through the norm '{layer.added_through}', whose position is not 'branch'"
+                )
         for port in self.outputs:
             if port.through is not None:
                 self.norm(port.through, None)
@@ -268,9 +286,18 @@ class LayerGraph(Spec):
         )
 
     def writer_keys(self, stack: Stack) -> list[str]:
-        """The keys of a stack's slots that write into the stream."""
+        """The keys of a stack's slots that write into the stream: a branch's last map, or the norm after it.
+
+        Where a norm stands after it, its scale and shift are what a silent block keeps at zero. Zeros before the norm
+        would do as well, until the first step: then the norm brings what little is written to full strength.
+        """
         residual = {space for space, kind in self.kinds.items() if kind == "residual"}
-        return [key for key, parameter in stack.slots() if parameter.parsed.written_spaces() & residual]
+        return [
+            f"{stack.name}/{layer.name}/{parameter.slot}"
+            for layer in stack.layers
+            for parameter in layer.parameters
+            if layer.is_branch_norm or (layer.added_through is None and parameter.parsed.written_spaces() & residual)
+        ]
 
     def tensors(self, *, tied: bool = False) -> Iterator[Tensor]:
         """Every tensor of the model, stacks layer by layer.

@@ -25,6 +25,7 @@ def test_a_layer_scale_may_hold_zeros(zeros: slice) -> None:
         ({"rope_type": "default"}, True),
         ({"rope_type": "yarn", "factor": 4.0}, False),
         ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, True),
+        ({"type": "su", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}, False),  # longrope's first name
         ({"rope_type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}, False),
     ],
 )

@@ -216,7 +216,7 @@ def test_broken_promise_writes_nothing(
     growkit: Growkit, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the check finds a difference that the plan ruled out, the status is 1 and nothing is put in place."""
-    monkeypatch.setattr("growkit.norms.grown_scale", lambda expansion, scale, fill, factor: np.ones(36))
+    monkeypatch.setattr("growkit.norms.grown_scale", lambda expansion, scale, fill, factor, offset: np.ones(36))
     result = growkit("grow", llama, tmp_path / "out", "--to", "hidden=36", "--check", "--quiet")
     assert result.status == 1
     assert not list(tmp_path.iterdir())

@@ -213,6 +213,80 @@ def test_e4b_a_scaled_stream_that_is_read_without_a_norm() -> None:
     assert_different(graph, operator_for(graph, {"hidden": expansion}), "hidden: readers")
 
 
+# --- E4c: norms after branches, offsets of scales, powers of hidden -------------------------------------------
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("block", ["pre", "parallel", "post"])
+def test_e4c_a_norm_after_a_branch_gives_what_is_written(block: str, offset: float) -> None:
+    graph = graph_of(block=block, branch_norms=True, offset=offset)
+    found = assert_exact(graph, operator_for(graph, {"hidden": padded(8, 6, gain=sqrt(8 / 6), variance=6 / 8)}))
+    where = "after the residual addition" if block == "post" else "after each branch"
+    assert any(where in reason.detail for reason in found.reasons)
+    copy = copies([*range(6), 1, 3], -0.5)
+    turned = Expansion(copy, copy, copy, gain=sqrt(8 / 6), variance=6 / 8)
+    assert_exact(graph, operator_for(graph, {"hidden": turned}))
+    assert_different(graph, operator_for(graph, {"hidden": shared([*range(6), 0])}), "RMSNorm over hidden")
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_e4c_a_scaled_stream_takes_scaled_branches(norm: str, offset: float) -> None:
+    """B = s C: what a branch's norm gives is added to a stream that is s times what readers see."""
+    graph, factor = graph_of(branch_norms=True, offset=offset, norm=norm), sqrt(2)
+    kept = Expansion(Scaled(pad(12, 6), factor), pad(12, 6), pad(12, 6), gain=factor)
+    if norm == "rms":
+        assert_exact(graph, operator_for(graph, {"hidden": kept}))
+    tile = shared([*range(6)] * 2)
+    larger = replace(tile, write=Scaled(tile.write, 3.0), variance=9.0)
+    assert_exact(graph, operator_for(graph, {"hidden": larger}))
+
+
+def test_e4c_a_mean_fill_is_not_what_a_branch_norm_gives() -> None:
+    graph = graph_of(norm="layer", branch_norms=True)
+    expansion = Expansion(MeanFill(8, 6), pad(8, 6), pad(8, 6), gain=sqrt(8 / 6), variance=6 / 8)
+    found = assert_different(graph, operator_for(graph, {"hidden": expansion}), "LayerNorm over hidden")
+    assert "after each branch: only whole ratios keep it" in found.broken[0].detail
+
+
+@pytest.mark.parametrize("head", ["tied", "untied"])
+@pytest.mark.parametrize("powers", [(0.5, 0.0), (0.0, -0.5), (0.5, -0.5), (1.0, 0.25)])
+def test_e9_a_tied_head_between_powers_of_hidden(head: str, powers: tuple[float, float]) -> None:
+    """The table is multiplied by hidden^p, what the head reads by hidden^q; one factor serves a table for both."""
+    table, read = powers
+    graph = graph_of(head=head, table_power=table, head_power=read)
+    zeros = padded(12, 6, gain=sqrt(2), variance=0.5)
+    factors = {norm_key(None, "final_norm"): 2.0 ** (table - read)} if head == "tied" else {}
+    assert_exact(graph, operator_for(graph, {"hidden": zeros}, norm_factors=factors))
+    if head == "tied":
+        assert_different(graph, operator_for(graph, {"hidden": zeros}), "tied head")
+
+
+def test_e4b_a_scaled_stream_cancels_the_root_of_hidden() -> None:
+    graph, factor = graph_of(head="tied", table_power=0.5), sqrt(8 / 6)
+    expansion = Expansion(Scaled(pad(8, 6), factor), pad(8, 6), pad(8, 6), gain=factor)
+    operator = operator_for(graph, {"hidden": expansion})
+    assert_exact(graph, operator)
+    source, target = memory_model(graph), growkit.grow(memory_model(graph), operator)
+    np.testing.assert_allclose(target.weights["table.weight"][:, :6], source.weights["table.weight"], rtol=1e-15)
+
+
+@pytest.mark.parametrize(("size", "told"), [(12, True), (24, False)])
+def test_half_types_round_what_a_power_of_hidden_scales(size: int, told: bool) -> None:
+    graph = graph_of(table_power=0.5, dtype="bfloat16")
+    reasons = verdict(graph, operator_for(graph, {"hidden": shared([*range(6)] * (size // 6))})).reasons
+    details = [reason.detail for reason in reasons if reason.condition == "rounding over hidden"]
+    assert details == ["layers that are multiplied by a power of hidden are rounded to bfloat16"] * told
+
+
+def test_norm_scales_with_an_offset_keep_every_bit_where_nothing_changes() -> None:
+    graph = graph_of(offset=1.0)
+    source = memory_model(graph)
+    target = growkit.grow(source, operator_for(graph, {"ffn": padded(5, 3, fresh="write")}))
+    for name in ("stack0.0.attention_norm.scale", "head.final_norm.scale"):
+        assert np.array_equal(source.weights[name], target.weights[name])
+
+
 # --- E5: LayerNorm -------------------------------------------------------------------------------------------
 
 
@@ -406,6 +480,18 @@ def deepened(graph: LayerGraph, sources: list[int], silent: list[bool], *, forge
 def test_e10_blocks_that_write_nothing(block: str, layer_scale: bool, sources: list[int], silent: list[bool]) -> None:
     graph = graph_of(block=block, layer_scale=layer_scale)
     assert_exact(graph, operator_for(graph, {}, deepened(graph, sources, silent)))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_e10_a_norm_after_a_branch_is_what_falls_silent(norm: str, offset: float) -> None:
+    """Its scale and shift; the branch before it stays whole, so that its norm has something to divide by."""
+    graph = graph_of(branch_norms=True, norm=norm, offset=offset)
+    operator = operator_for(graph, {}, deepened(graph, [0, 0, 1], [False, True, False]))
+    assert_exact(graph, operator)
+    grown = growkit.grow(memory_model(graph), operator).weights
+    assert np.array_equal(grown["stack0.1.attention_branch_norm.scale"], np.full(6, -offset))
+    assert grown["stack0.1.o_proj.weight"].any()
 
 
 @pytest.mark.parametrize("forget", ["o_proj.weight", "o_proj.bias", "down_proj.weight", "down_proj.bias"])

@@ -17,11 +17,11 @@ from growkit_specs.architecture import (
     ClassRule,
     ConfigRules,
     LayerRule,
+    OutputRule,
     ParameterRule,
     SpaceRule,
     StackRule,
 )
-from growkit_specs.layer_graph import Port
 from tests.docs.pages import DOCS, ROOT, Runner, blocks_of
 
 COMMAND_LINE = DOCS / "reference/command-line.md"
@@ -50,7 +50,7 @@ def section(page: Path, title: str) -> str:
         ("Layers", LayerRule),
         ("Parameters", ParameterRule),
         ("`stacks`", StackRule),
-        ("`inputs` and `outputs`", Port),
+        ("`inputs` and `outputs`", OutputRule),
     ],
 )
 def test_every_field_of_an_architecture_file_is_explained(title: str, model: type[BaseModel]) -> None:

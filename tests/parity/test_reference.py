@@ -26,6 +26,23 @@ MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED)),
     "llama, bare": lambda: transformers.LlamaModel(transformers.LlamaConfig(**GROUPED, mlp_bias=True)),
     "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**GROUPED, head_dim=8)),
+    # The root of 24 would be rounded to float32.
+    "gemma": lambda: transformers.GemmaForCausalLM(
+        transformers.GemmaConfig(**{**GROUPED, "hidden_size": 16}, head_dim=8, pad_token_id=0)
+    ),
+    # Scores divided by 1, no caps, and one base of rotary positions.
+    "gemma3": lambda: transformers.Gemma3ForCausalLM(
+        transformers.Gemma3TextConfig(
+            **{**GROUPED, "hidden_size": 16},
+            head_dim=8,
+            query_pre_attn_scalar=1,
+            layer_types=["sliding_attention"] * 2,
+            pad_token_id=0,
+        )
+    ),
+    "phi3": lambda: transformers.Phi3ForCausalLM(
+        transformers.Phi3Config(**SIZES, num_key_value_heads=2, pad_token_id=0)
+    ),
     "gpt2": lambda: transformers.GPT2LMHeadModel(
         transformers.GPT2Config(n_embd=24, n_layer=2, n_head=4, vocab_size=50, n_positions=20)
     ),
@@ -49,7 +66,7 @@ def test_the_reference_computes_what_transformers_does(name: str) -> None:
         for output in found.keys() & expected.keys():
             difference = np.abs(found[output] - expected[output]).max()
             # transformers' rotary tables are float32, whatever the model is.
-            assert difference < (1e-7 if name.startswith(("llama", "qwen")) else 1e-12), output
+            assert difference < (1e-6 if name.startswith(("gemma", "phi3", "llama", "qwen")) else 1e-12), output
 
 
 def test_what_is_not_understood_is_named() -> None:

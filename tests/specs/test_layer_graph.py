@@ -51,7 +51,7 @@ def test_resizing_unties_and_sets_epsilons() -> None:
     resized = graph.resized({}, {}, untied=["lm_head.weight"], epsilons={"final_norm_eps": 0.5})
     assert [t.name for t in resized.tensors() if t.name == "lm_head.weight"] == ["lm_head.weight"]
     epsilons = {layer.name: layer.attributes["epsilon"] for _, layer in resized.walk() if layer.kind == "norm"}
-    assert epsilons == {"attention_norm": 0.05, "mlp_norm": 0.05, "final_norm": 0.5}
+    assert epsilons == {"attention_norm": 0.2, "mlp_norm": 0.2, "final_norm": 0.5}
 
 
 @given(layer_graphs())
@@ -88,6 +88,11 @@ REFUSED: list[tuple[Change, str]] = [
     (changed("head.1.through", "mlp_norm"), "no norm layer is called 'mlp_norm'"),
     (changed("stacks.0.layers.1.through", "final_norm"), "no norm layer is called 'final_norm'"),
     (changed("stacks.0.layers.1.through", "mlp"), "no norm layer is called 'mlp'"),
+    (changed("stacks.0.layers.1.added_through", "mlp"), "no norm layer is called 'mlp'"),
+    (
+        changed("stacks.0.layers.1.added_through", "mlp_norm"),
+        "'attention' is added through the norm 'mlp_norm', whose position is not 'branch'",
+    ),
     (changed("stacks.0.layers.0.parameters", []), "the norm 'attention_norm' has no parameter that says which space"),
     (changed("outputs.0.through", "mlp_norm"), "no norm layer is called 'mlp_norm'"),
     (changed("spaces.0.size", 0), "greater than or equal to 1"),
