@@ -458,38 +458,39 @@ class Interleaved(Matrix):
     """One matrix for each segment of an axis whose segments alternate: GPT-NeoX's ``(heads 3 head_dim)``.
 
     Attributes:
-        blocks: The matrix of each segment, over the segment's own entries, ``(heads head_dim)``.
-        outer: How many runs there are in the target and in the source: ``(H', H)``.
+        blocks: The matrix of each segment, over all of its own entries, ``(heads head_dim)``.
+        runs: How often the segments take turns in the target and in the source: ``(H', H)``.
     """
 
     kind: ClassVar[str] = "interleaved"
     blocks: tuple[Matrix, ...]
-    outer: tuple[int, int]
+    runs: tuple[int, int]
 
     @property
     def shape(self) -> tuple[int, int]:
         return sum(b.shape[0] for b in self.blocks), sum(b.shape[1] for b in self.blocks)
 
     def apply(self, x: Array, axis: int = 0) -> Array:
-        (runs, wide_runs), n = self.outer[::-1], len(self.blocks)
-        x = _reshape_axis(x, axis, [runs, n, x.shape[axis] // (runs * n)])
-        lead = (slice(None),) * (axis + 1)
-        segments = []
-        for i, block in enumerate(self.blocks):
-            segment = x[(*lead, i)]
-            segment = segment.reshape(*x.shape[:axis], block.shape[1], *x.shape[axis + 3 :])
-            segments.append(_reshape_axis(block.apply(segment, axis), axis, [wide_runs, block.shape[0] // wide_runs]))
-        joined = namespace(x).stack(segments, axis=axis + 1)
-        return joined.reshape(*joined.shape[:axis], self.shape[0], *joined.shape[axis + 3 :])
+        wide_runs, runs = self.runs
+        x = _reshape_axis(x, axis, [runs, x.shape[axis] // runs])
+        lead, segments, start = (slice(None),) * (axis + 1), [], 0
+        for block in self.blocks:
+            stop = start + block.shape[1] // runs
+            segment = x[(*lead, slice(start, stop))]
+            segment = block.apply(segment.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :]), axis)
+            segments.append(_reshape_axis(segment, axis, [wide_runs, block.shape[0] // wide_runs]))
+            start = stop
+        joined = namespace(x).concatenate(segments, axis=axis + 1)
+        return joined.reshape(*joined.shape[:axis], self.shape[0], *joined.shape[axis + 2 :])
 
     @property
     def mT(self) -> Matrix:
-        return Interleaved(tuple(block.mT for block in self.blocks), self.outer[::-1])
+        return Interleaved(tuple(block.mT for block in self.blocks), self.runs[::-1])
 
     @property
     def support(self) -> np.ndarray:
-        rows = [block.support.reshape(self.outer[0], -1) for block in self.blocks]
-        return np.stack(rows, axis=1).reshape(-1)
+        rows = [block.support.reshape(self.runs[0], -1) for block in self.blocks]
+        return np.concatenate(rows, axis=1).reshape(-1)
 
     @property
     def is_identity(self) -> bool:
@@ -502,7 +503,7 @@ class Interleaved(Matrix):
     @property
     def pattern(self) -> Matrix | None:
         patterns = [block.pattern for block in self.blocks]
-        return None if None in patterns else Interleaved(tuple(p for p in patterns if p is not None), self.outer)
+        return None if None in patterns else Interleaved(tuple(p for p in patterns if p is not None), self.runs)
 
 
 @final
@@ -565,15 +566,14 @@ def block_diagonal(*blocks: Matrix) -> Matrix:
 
 
 def interleaved(*blocks: Matrix, runs: tuple[int, int]) -> Matrix:
-    """Alternating segments; of identities, an identity.
+    """Alternating segments; of one run, the block diagonal; of identities, an identity.
 
     Args:
         blocks: One matrix for each segment.
         runs: How often the segments alternate in the target and in the source.
     """
-    if all(block.is_identity for block in blocks):
-        return Identity(sum(block.shape[0] for block in blocks))
-    return Interleaved(blocks, runs)
+    in_one_run = runs == (1, 1) or all(block.is_identity for block in blocks)
+    return block_diagonal(*blocks) if in_one_run else Interleaved(blocks, runs)
 
 
 # --- saving --------------------------------------------------------------------------------------------------------
@@ -604,9 +604,9 @@ def to_state(matrix: Matrix, arrays: dict[str, np.ndarray], prefix: str) -> Stat
             state |= {"matrix": to_state(inner, arrays, f"{prefix}.matrix"), "factor": factor}
         case Kronecker(parts) | Concatenation(parts):
             state |= {"parts": [to_state(part, arrays, f"{prefix}.{i}") for i, part in enumerate(parts)]}
-        case Interleaved(parts, outer):
+        case Interleaved(parts, runs):
             parts_state = [to_state(part, arrays, f"{prefix}.{i}") for i, part in enumerate(parts)]
-            state |= {"parts": parts_state, "outer": list(outer)}
+            state |= {"parts": parts_state, "runs": list(runs)}
         case Composition(left, right):
             state |= {"left": to_state(left, arrays, f"{prefix}.left")}
             state |= {"right": to_state(right, arrays, f"{prefix}.right")}
@@ -634,7 +634,7 @@ def from_state(state: State, arrays: dict[str, np.ndarray]) -> Matrix:
         case "concatenation":
             return Concatenation(tuple(from_state(part, arrays) for part in state["parts"]))
         case "interleaved":
-            rows, columns = state["outer"]
+            rows, columns = state["runs"]
             return Interleaved(tuple(from_state(part, arrays) for part in state["parts"]), (rows, columns))
         case "composition":
             return Composition(from_state(state["left"], arrays), from_state(state["right"], arrays))

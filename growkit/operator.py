@@ -330,12 +330,14 @@ class GrowthOperator:
             case Concatenation(segments):
                 own = [(basis,) for basis in bases] if len(bases) == len(segments) else [tuple(bases)] * len(segments)
                 return block_diagonal(*(self._composed(s, b, leaf, at) for s, b in zip(segments, own, strict=True)))
-            case Product(factors) if Fixed(len(bases)) in factors:
-                first = factors.index(Fixed(len(bases)))
-                outer, segment = factors[:first], product(*factors[:first], *factors[first + 1 :])
-                blocks = [self._composed(segment, (basis,), leaf, at) for basis in bases]
-                runs = [self._composed(product(*outer), (basis,), leaf, at).shape for basis in bases] if outer else []
-                return interleaved(*blocks, runs=runs[0]) if runs else block_diagonal(*blocks)
+            case Product(factors) if any(_has_segments(factor, bases) for factor in factors):
+                before, fused, after = _fused(factors, bases)
+                blocks = [
+                    self._composed(product(*before, *segment, *after), (basis,), leaf, at)
+                    for segment, basis in zip(fused, bases, strict=True)
+                ]
+                runs = kronecker(*(self._composed(factor, bases, leaf, at) for factor in before)).shape
+                return interleaved(*blocks, runs=runs)
             case Product(factors):
                 return kronecker(*(self._composed(factor, bases, leaf, at) for factor in factors))
 
@@ -502,6 +504,23 @@ class GrowthOperator:
 def _offset(target: Tensor) -> float:
     """What a norm adds to its stored scale; 0 for every other tensor."""
     return float(target.owner.attributes.get("offset") or 0) if target.parameter.parsed.sign == "*" else 0.0
+
+
+def _has_segments(factor: Axis, bases: Sequence[str]) -> bool:
+    """Whether a factor of an axis lays the bases' entries side by side."""
+    return len(bases) > 1 and (
+        factor == Fixed(len(bases)) or (isinstance(factor, Concatenation) and len(factor.segments) == len(bases))
+    )
+
+
+def _fused(
+    factors: Sequence[Axis], bases: Sequence[str]
+) -> tuple[Sequence[Axis], Sequence[Sequence[Axis]], Sequence[Axis]]:
+    """The factors before the fused one, what each basis has in its place, and the factors behind it."""
+    first = next(i for i, factor in enumerate(factors) if _has_segments(factor, bases))
+    fused = factors[first]
+    segments = [(s,) for s in fused.segments] if isinstance(fused, Concatenation) else [()] * len(bases)
+    return factors[:first], segments, factors[first + 1 :]
 
 
 def _along(vector: Array, axis: int, like: Array) -> Array:

@@ -10,9 +10,11 @@ import numpy as np
 from hypothesis import strategies as st
 
 from growkit.matrices import (
+    Composition,
     Concatenation,
     Dense,
     Identity,
+    Interleaved,
     Kronecker,
     Matrix,
     MeanFill,
@@ -79,12 +81,17 @@ def matrices() -> st.SearchStrategy[Matrix]:
     plain = st.one_of(
         st.integers(1, 4).map(Identity),
         sizes.map(lambda size: pad(*size)),
-        sizes.map(lambda size: MeanFill(*size)),
+        st.builds(_mean_fill, st.integers(0, 3), st.integers(1, 4), st.integers(1, 2)),
         _selections(weights=False),
         _selections(weights=True),
         _dense(),
     )
-    leaves = st.builds(lambda matrix, turned: matrix.mT if turned else matrix, plain, st.booleans())
+    turned = st.builds(lambda matrix, turned: matrix.mT if turned else matrix, plain, st.booleans())
+    leaves = st.one_of(
+        turned,
+        st.builds(_interleaved, turned, st.lists(turned, min_size=1, max_size=3)),
+        st.builds(_padded, turned, st.integers(0, 2)),
+    )
 
     def composed(inner: st.SearchStrategy[Matrix]) -> st.SearchStrategy[Matrix]:
         parts = st.lists(inner, min_size=1, max_size=2).map(tuple)
@@ -96,6 +103,20 @@ def matrices() -> st.SearchStrategy[Matrix]:
         )
 
     return leaves | st.recursive(leaves, composed, max_leaves=4)
+
+
+def _mean_fill(new: int, old: int, copies: int) -> MeanFill:
+    return MeanFill(copies * old + new, old, copies)
+
+
+def _padded(matrix: Matrix, new: int) -> Composition:
+    rows = matrix.shape[0]
+    return Composition(pad(rows + new, rows), matrix)
+
+
+def _interleaved(outer: Matrix, inner: Sequence[Matrix]) -> Interleaved:
+    """Segments that share their runs: ``(outer inner[0])``, ``(outer inner[1])``, ... in turns."""
+    return Interleaved(tuple(Kronecker((outer, each)) for each in inner), outer.shape)
 
 
 # --- spaces --------------------------------------------------------------------------------------------------
@@ -119,7 +140,7 @@ def layer_graphs(**features: st.SearchStrategy[Any]) -> st.SearchStrategy[LayerG
     usual: dict[str, st.SearchStrategy[Any]] = {
         "heads": st.integers(1, 3),
         "group": st.none() | st.integers(1, 3),
-        "head_dim": st.sampled_from((2, 4)),
+        "head_dim": st.sampled_from((4, 6)),  # over two entries a LayerNorm is a sign, and rounding is all there is
         "hidden": st.none() | st.integers(3, 9),
         "ffn": st.integers(2, 7),
         "vocab": st.integers(3, 9),

@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from growkit.matrices import (
+    Composition,
     Concatenation,
     Dense,
     Identity,
+    Interleaved,
     Kronecker,
     Matrix,
     MeanFill,
@@ -39,8 +41,8 @@ def dense(matrix: Matrix) -> np.ndarray:
                 if column >= 0:
                     rows[row, column] = 1 if weight is None else weight[row]
             return rows
-        case MeanFill(rows, columns):
-            return np.vstack([np.eye(columns), np.full((rows - columns, columns), 1 / columns)])
+        case MeanFill(rows, columns, copies):
+            return np.vstack([np.eye(columns)] * copies + [np.full((rows - copies * columns, columns), 1 / columns)])
         case Dense(array):
             return np.asarray(array)
         case Scaled(inner, factor):
@@ -56,6 +58,16 @@ def dense(matrix: Matrix) -> np.ndarray:
                 whole[row : row + block.shape[0], column : column + block.shape[1]] = block
                 row, column = row + block.shape[0], column + block.shape[1]
             return whole
+        case Interleaved(blocks, (wide_runs, runs)):
+            sides = [(b.shape[0] // wide_runs, b.shape[1] // runs) for b in blocks]
+            whole = np.zeros((wide_runs, sum(D for D, _ in sides), runs, sum(d for _, d in sides)))
+            row = column = 0
+            for block, (D, d) in zip(blocks, sides, strict=True):
+                whole[:, row : row + D, :, column : column + d] = dense(block).reshape(wide_runs, D, runs, d)
+                row, column = row + D, column + d
+            return whole.reshape(matrix.shape)
+        case Composition(left, right):
+            return dense(left) @ dense(right)
         case _:  # a transpose
             return dense(matrix.mT).T
 
