@@ -15,9 +15,10 @@ import numpy as np
 from growkit.methods import SpaceGrowth, chosen
 from growkit.methods.registry import Method, norms_over
 from growkit.model import Model
-from growkit.operator import Expansion, Fresh, GrowthOperator, norm_key, unchanged
+from growkit.operator import Expansion, Fresh, GrowthOperator, unchanged
 from growkit.verdict import Verdict, tie_factor, variances, verdict, writer_keys
 from growkit_specs import InvalidTarget, LayerGraph, Recipe, Target, evaluate
+from growkit_specs.layer_graph import norm_key
 
 
 @dataclass(frozen=True)

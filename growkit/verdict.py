@@ -14,8 +14,9 @@ import numpy as np
 
 from growkit import norms
 from growkit.matrices import Matrix
-from growkit.operator import Expansion, GrowthOperator, norm_key
+from growkit.operator import Expansion, GrowthOperator
 from growkit_specs import Layer, LayerGraph, Stack, parse_layout
+from growkit_specs.layer_graph import norm_key
 
 _PROBES = 4
 _TOLERANCE = 1e-9

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -259,7 +259,7 @@ def _fitted_graph(
 ) -> tuple[LayerGraph, list[str]]:
     """The graph whose tensors these are, and their names; everything is accounted for or refused."""
     graph = min(
-        _candidates(architecture, config, class_name, shapes),
+        _candidates(architecture, config, class_name, shapes.keys() - shared),
         key=lambda graph: sum(tensor.name not in shapes for tensor in graph.tensors()),
     )
     wanted = {tensor.name: tensor for tensor in graph.tensors()}
@@ -303,12 +303,12 @@ def _refuse_broken_ties(graph: LayerGraph, stored: Mapping[str, Any], path: Path
 
 
 def _candidates(
-    architecture: Architecture, config: Mapping[str, Any], class_name: str, shapes: Shapes
+    architecture: Architecture, config: Mapping[str, Any], class_name: str, names: Set[str]
 ) -> list[LayerGraph]:
     """The graphs under every naming scheme, with and without the base model's prefix."""
 
     def graph(base: str | None, naming: int) -> LayerGraph:
-        return architecture.graph(config, class_name, base=base, naming=naming, has_tensor=lambda name: name in shapes)
+        return architecture.graph(config, class_name, base=base, naming=naming, has_tensor=lambda name: name in names)
 
     first = graph(None, 0)  # refuses an unknown class before its prefix is asked for
     bases = dict.fromkeys((architecture.base_of(class_name), "", architecture.base))

@@ -177,6 +177,7 @@ class Tensor:
         owner: The layer it belongs to.
         stack: The name of its stack; None in the stem and the head.
         layer: Its layer's number in the stack; None in the stem and the head.
+        through: The :func:`norm_key` of the norm that its owner reads through, where it reads through one.
     """
 
     name: str
@@ -185,6 +186,7 @@ class Tensor:
     owner: Layer
     stack: str | None
     layer: int | None
+    through: str | None = None
 
     @property
     def key(self) -> str:
@@ -195,6 +197,11 @@ class Tensor:
     def count(self) -> int:
         """Its number of entries."""
         return prod(self.shape)
+
+
+def norm_key(stack: Stack | str | None, name: str | None) -> str:
+    """The name of a norm that no other norm of the model has: its stack and its layer's name."""
+    return f"{getattr(stack, 'name', stack) or ''}/{name}"
 
 
 class LayerGraph(Spec):
@@ -265,11 +272,18 @@ class LayerGraph(Spec):
         yield from ((None, layer) for layer in self.head)
 
     def norm(self, name: str, stack: Stack | None) -> Layer:
-        """The norm layer called ``name``, as seen from inside ``stack`` (None: from the stem or the head)."""
-        layers = stack.layers if stack is not None else self.stem + self.head
-        for layer in layers:
-            if layer.name == name and layer.kind == "norm":
-                return layer
+        """The norm layer called ``name``, as seen from inside ``stack`` (None: from the stem or the head).
+
+        A stack sees its own norms first, then those outside of stacks: a decoder reads the encoder's stream through the
+        norm that stands after the encoder.
+        """
+        return self._norm(name, stack)[1]
+
+    def _norm(self, name: str, stack: Stack | None) -> tuple[Stack | None, Layer]:
+        for where, layers in ((stack, stack.layers if stack is not None else ()), (None, self.stem + self.head)):
+            for layer in layers:
+                if layer.name == name and layer.kind == "norm":
+                    return where, layer
         raise ValueError(f"no norm layer is called '{name}'")
 
     def tensors(self, *, tied: bool = False) -> Iterator[Tensor]:
@@ -280,16 +294,18 @@ class LayerGraph(Spec):
         """
         for layers, stack, index in self._blocks():
             for owner in layers:
+                through = norm_key(self._norm(owner.through, stack)[0], owner.through) if owner.through else None
                 for parameter in owner.parameters:
                     if tied or parameter.tied_to is None:
                         name = parameter.name if index is None else parameter.name.replace("{layer}", str(index))
-                        yield Tensor(name, parameter.parsed.shape(self.sizes), parameter, owner, stack, index)
+                        shape, where = parameter.parsed.shape(self.sizes), stack.name if stack else None
+                        yield Tensor(name, shape, parameter, owner, where, index, through)
 
-    def _blocks(self) -> Iterator[tuple[tuple[Layer, ...], str | None, int | None]]:
+    def _blocks(self) -> Iterator[tuple[tuple[Layer, ...], Stack | None, int | None]]:
         yield self.stem, None, None
         for stack in self.stacks:
             for index in range(stack.depth):
-                yield stack.layers, stack.name, index
+                yield stack.layers, stack, index
         yield self.head, None, None
 
     @cached_property

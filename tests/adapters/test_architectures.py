@@ -1,5 +1,6 @@
 """Every architecture file and every class it lists: read, planned, grown, written, loaded by transformers, the same."""
 
+import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,7 +72,12 @@ def plain_inputs(module: Any) -> dict[str, torch.Tensor]:
     mask = torch.ones_like(ids)
     mask[1, 9:] = 0
     types = {"token_type_ids": ids % 2} if hasattr(config, "type_vocab_size") else {}
-    return {"input_ids": ids, "attention_mask": mask, **types}
+    decoded = (
+        {"decoder_input_ids": ids.flip(0)}
+        if "decoder_input_ids" in inspect.signature(module.forward).parameters
+        else {}
+    )
+    return {"input_ids": ids, "attention_mask": mask, **types, **decoded}
 
 
 def outputs(module: Any, **inputs: torch.Tensor) -> dict[str, np.ndarray]:
@@ -222,6 +228,7 @@ def test_a_config_that_omits_a_key_means_the_default(name: str) -> None:
          {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
           "num_key_value_heads": 8, "tie_word_embeddings": True}, 596_049_920),  # 0.6B
         ("roberta", "RobertaModel", {"max_position_embeddings": 514, "type_vocab_size": 1}, 124_645_632),  # base
+        ("t5", "T5ForConditionalGeneration", {}, 60_506_624),  # small
         ("vit", "ViTForImageClassification", {"num_labels": 1000}, 86_567_656),  # base, patches of 16
     ],
 )  # fmt: skip
@@ -455,6 +462,8 @@ def test_rotary_factors_that_are_listed_keep_head_dim() -> None:
         ("opt", "OPTForSequenceClassification", {"word_embed_proj_dim": 16, "enable_bias": False}),
         ("opt", "OPTModel", {"word_embed_proj_dim": 16}),
         ("phi3", "Phi3ForCausalLM", {"rope_scaling": LONGROPE, "original_max_position_embeddings": 10}),
+        ("t5", "T5ForConditionalGeneration", {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+        ("t5", "T5EncoderModel", {"feed_forward_proj": "gated-silu"}),
     ],
 )
 def test_variants_grow_exactly(name: str, class_name: str, config: dict[str, Any], tmp_path: Path) -> None:
@@ -513,6 +522,72 @@ def test_positions_of_roberta_start_after_the_padding_token(pad: int) -> None:
     source = growkit.read(tiny("roberta", "RobertaForMaskedLM", pad_token_id=pad))
     assert source.graph.attributes["reserved_positions"] == pad + 1
     assert growkit.verify(source, growkit.grow(source, hidden=48, positions=30)).preserved
+
+
+# --- two stacks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_a_head_of_its_own_beside_a_decoder_that_is_scaled_or_not(scaled: bool, tmp_path: Path) -> None:
+    """T5 v1.1 has one; transformers 5 says of it that it is tied, and that the decoder's output is not scaled."""
+    module = tiny("t5", "T5ForConditionalGeneration", tie_word_embeddings=scaled)
+    if not scaled:
+        module.lm_head.weight = torch.nn.Parameter(module.lm_head.weight.flip(0).clone())
+    path, out = directory(tmp_path, module), tmp_path / "grown"
+    source = growkit.read(path)
+    assert len({"shared.weight", "lm_head.weight"} & source.weights.keys()) == (1 if scaled else 2)
+
+    grown = written(source, out, hidden=36, layers=4)
+
+    loaded = type(module).from_pretrained(out)
+    assert (loaded.lm_head.weight is loaded.shared.weight) is scaled
+    assert_computes_the_same(module, loaded, grown)
+    in_memory = growkit.grow(growkit.read(module), hidden=36, layers=4)
+    assert_computes_the_same(module, in_memory.to_torch(), in_memory)
+
+
+def test_a_decoder_that_is_scaled_only_while_its_head_is_tied_is_not_untied() -> None:
+    source = growkit.read(tiny("t5", "T5ForConditionalGeneration"))
+    assert growkit.plan(source, hidden=48, method="net2net").preserving
+    with pytest.raises(InvalidTarget, match="says a model without scaled_lm_head; choose others, or another method"):
+        growkit.plan(source, hidden=36, method="net2net")
+
+
+@pytest.mark.parametrize(("decoder_layers", "grown_layers"), [(3, 6), (None, 4)])
+def test_both_stacks_deepen_in_ratio(decoder_layers: int | None, grown_layers: int, tmp_path: Path) -> None:
+    path, out = directory(tmp_path, tiny("t5", num_decoder_layers=decoder_layers)), tmp_path / "grown"
+    edit_config(path, num_decoder_layers=decoder_layers)
+    grown = written(growkit.read(path), out, layers="2x")
+    assert grown.graph.depths == {"encoder": 4, "decoder": grown_layers}
+    assert config_of(out)["num_decoder_layers"] == (decoder_layers and grown_layers)
+    assert transformers.AutoModel.from_pretrained(out).config.num_decoder_layers == grown_layers
+
+
+def test_stacks_that_cannot_keep_their_ratio_are_refused() -> None:
+    with pytest.raises(InvalidTarget, match=r"layers: decoder would have 4\.5 layers, expected a whole number"):
+        growkit.plan(growkit.read(tiny("t5")), layers=3)
+
+
+def test_positions_that_a_stack_computes_once_stay_in_its_first_block(tmp_path: Path) -> None:
+    path, out = directory(tmp_path, tiny("t5")), tmp_path / "grown"
+    written(growkit.read(path), out, layers=4, heads=6)
+    biases = {n: t for n, t in load_file(out / "model.safetensors").items() if "relative_attention_bias" in n}
+    assert biases.keys() == {
+        f"{s}.block.0.layer.0.SelfAttention.relative_attention_bias.weight" for s in ("encoder", "decoder")
+    }
+    before = load_file(path / "model.safetensors")
+    assert all(torch.equal(bias[:, :4], before[name]) for name, bias in biases.items())
+
+
+def test_tensors_that_old_t5_checkpoints_repeat_are_left_behind(tmp_path: Path) -> None:
+    path, out = directory(tmp_path, tiny("t5")), tmp_path / "grown"
+    state = load_file(path / "model.safetensors")
+    repeated = {f"{stack}.embed_tokens.weight": state["shared.weight"].clone() for stack in ("encoder", "decoder")}
+    cross = {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight": torch.ones(8, 4)}
+    save_file({**state, **repeated, **cross}, path / "model.safetensors", metadata={"format": "pt"})
+    source = growkit.read(path)
+    assert growkit.verify(source, written(source, out, hidden=36)).preserved
+    assert load_file(out / "model.safetensors").keys() == state.keys()
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

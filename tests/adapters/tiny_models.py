@@ -43,9 +43,14 @@ TINY: dict[str, dict[str, Any]] = {
     "qwen2": {**_DECODER, **_WINDOWS},
     "qwen3": {**_DECODER, **_WINDOWS, "head_dim": 8},
     "roberta": _TEXT,
+    "t5": {
+        "d_model": 24, "d_kv": 5, "d_ff": 40, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4,
+        "vocab_size": 50, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16,
+        "decoder_start_token_id": 0,
+    },
     "vit": {**_IMAGE, "intermediate_size": 40, "encoder_stride": 4},
 }  # fmt: skip
-"""For each architecture file the config of its tiny model: 2 layers, hidden 24, 4 heads."""
+"""For each architecture file the config of its tiny model: 2 layers (T5's decoder 3), hidden 24, 4 heads."""
 
 
 def tiny(

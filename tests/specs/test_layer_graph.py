@@ -60,6 +60,17 @@ def test_nothing_can_be_changed_in_place(graph: LayerGraph) -> None:
         graph.spaces[0].size = 1000
 
 
+@pytest.mark.parametrize(
+    ("final_norm", "seen"), [("final_norm", "/final_norm"), ("attention_norm", "stack0/attention_norm")]
+)
+def test_a_stack_reads_through_its_own_norm_or_one_outside(final_norm: str, seen: str) -> None:
+    """A decoder reads the encoder's stream through the norm that stands between the stacks."""
+    data = transformer(final_norm=final_norm).model_dump()
+    changed("stacks.0.layers.1.through", final_norm)(data)
+    graph = LayerGraph.model_validate(data)
+    assert {t.through for t in graph.tensors() if t.owner.name == "attention"} == {seen}
+
+
 Change = Callable[[dict[str, Any]], None]
 
 
@@ -86,7 +97,7 @@ REFUSED: list[tuple[Change, str]] = [
     (changed("stacks.0.layers.0.parameters.0.name", "norm.scale"), "'{layer}' stands in the names of a stack's"),
     (changed("head.1.parameters.1.name", "{layer}.bias"), "'{layer}' stands in the names of a stack's"),
     (changed("head.1.through", "mlp_norm"), "no norm layer is called 'mlp_norm'"),
-    (changed("stacks.0.layers.1.through", "final_norm"), "no norm layer is called 'final_norm'"),
+    (changed("stacks.0.layers.1.through", "last_norm"), "no norm layer is called 'last_norm'"),
     (changed("stacks.0.layers.1.through", "mlp"), "no norm layer is called 'mlp'"),
     (changed("stacks.0.layers.1.added_through", "mlp"), "no norm layer is called 'mlp'"),
     (
