@@ -91,7 +91,9 @@ def summary(graph: LayerGraph) -> dict[str, Any]:
 def flops_per_token(graph: LayerGraph) -> int:
     """Forward FLOPs per token of the matrix products with weights: two for each entry; attention scores not counted."""
     return sum(
-        2 * t.count for t in graph.tensors(tied=True) if t.parameter.parsed.reads and t.owner.kind != "embedding"
+        2 * t.count * len(graph.layers_of(t))
+        for t in graph.tensors(tied=True)
+        if t.parameter.parsed.reads and t.owner.kind != "embedding"
     )
 
 

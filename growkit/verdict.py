@@ -290,6 +290,10 @@ class _Examination:
         others = [np.asarray(each) for key, each in self.operator.blend.items() if key.startswith(f"{stack.name}/")]
         if all(np.array_equal(each, np.eye(stack.depth)) for each in (w, *others)):
             return
+        if stack.shared and len(w) != stack.depth:
+            detail = f"{stack.depth} to {len(w)} layers: they are one block, which runs more often"
+            yield Reason(f"{stack.name}: depth", False, detail)
+            return
         writers = [np.asarray(self.operator.blend.get(key, w)) for key in writer_keys(self.graph, stack)]
         silent = np.all([(each == 0).all(1) for each in writers], axis=0) if writers else np.zeros(len(w), dtype=bool)
         awake = np.flatnonzero(~silent)

@@ -126,12 +126,14 @@ class StackRule(Spec):
     Attributes:
         depth: The name of its depth, which a key under ``grown`` follows.
         size: How the config says its depth, as an expression; None where that key alone does.
+        shared: Whether its layers are one block that runs ``depth`` times; then names hold no ``{layer}``.
         prefix: The prefix of its parameters' names.
         layers: The layers of one block, in the order of computation.
     """
 
     depth: str
     size: str | None = None
+    shared: bool = False
     prefix: str
     layers: dict[str, LayerRule]
 
@@ -319,7 +321,12 @@ class Architecture(Spec):
         stem = build.layers({name: rule for name, rule in self.stem.items() if name not in lacks})
         head_layers = build.layers({name: rule for name, rule in self.head.items() if name in has})
         stacks = tuple(
-            Stack(name=name, depth=self._depth(config, rule), layers=build.layers(rule.layers, prefix=rule.prefix))
+            Stack(
+                name=name,
+                depth=self._depth(config, rule),
+                layers=build.layers(rule.layers, prefix=rule.prefix),
+                shared=rule.shared,
+            )
             for name, rule in self.stacks.items()
             if name not in lacks
         )

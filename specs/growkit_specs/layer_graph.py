@@ -53,7 +53,8 @@ class Parameter(Spec):
     """One tensor of the model, or one tensor per layer of a stack.
 
     Attributes:
-        name: The tensor's name where the model came from; in a stack ``{layer}`` stands for the layer's number.
+        name: The tensor's name where the model came from; in a stack ``{layer}`` stands for the layer's number, unless
+            the layers share it.
         slot: The role it fills, in the field's terms: ``q_proj.weight``, ``down_proj.bias``, ``scale``.
         layout: How it is stored and which way it maps.
         dtype: The numpy name of its element type (``float32``, ``bfloat16``, ...).
@@ -142,11 +143,19 @@ class Layer(Spec):
 
 
 class Stack(Spec):
-    """A block of layers repeated ``depth`` times."""
+    """A block of layers repeated ``depth`` times.
+
+    Attributes:
+        name: Its name.
+        depth: How often its block runs.
+        layers: One block, in the order of computation.
+        shared: Whether all repetitions are one block with one set of tensors, so that names hold no ``{layer}``.
+    """
 
     name: str
     depth: int = Field(ge=1)
     layers: tuple[Layer, ...]
+    shared: bool = False
 
 
 class Port(Spec):
@@ -176,7 +185,7 @@ class Tensor:
         parameter: The parameter it is an instance of.
         owner: The layer it belongs to.
         stack: The name of its stack; None in the stem and the head.
-        layer: Its layer's number in the stack; None in the stem and the head.
+        layer: Its layer's number in the stack, 0 where all layers share it; None in the stem and the head.
         through: The :func:`norm_key` of the norm that its owner reads through, where it reads through one.
     """
 
@@ -233,9 +242,10 @@ class LayerGraph(Spec):
                 parameter.parsed.shape(self.sizes)
                 if parameter.tied_to is not None and parameter.tied_to not in names:
                     raise ValueError(f"{parameter.name} is tied to '{parameter.tied_to}', which is not a parameter")
-                if (stack is not None) != ("{layer}" in parameter.name):
+                if (stack is not None and not stack.shared) != ("{layer}" in parameter.name):
                     raise ValueError(
-                        f"{parameter.name}: '{{layer}}' stands in the names of a stack's parameters, and only there"
+                        f"{parameter.name}: '{{layer}}' stands in the names of a stack's parameters, and only there; "
+                        "not where its layers share them"
                     )
             if layer.kind == "norm" and not layer.parameters:
                 raise ValueError(f"the norm '{layer.name}' has no parameter that says which space it is over")
@@ -287,7 +297,7 @@ class LayerGraph(Spec):
         raise ValueError(f"no norm layer is called '{name}'")
 
     def tensors(self, *, tied: bool = False) -> Iterator[Tensor]:
-        """Every tensor of the model, stacks layer by layer.
+        """Every tensor of the model, stacks layer by layer; what layers share once.
 
         Args:
             tied: Whether tied parameters, which have no tensor of their own, are yielded too.
@@ -304,9 +314,14 @@ class LayerGraph(Spec):
     def _blocks(self) -> Iterator[tuple[tuple[Layer, ...], Stack | None, int | None]]:
         yield self.stem, None, None
         for stack in self.stacks:
-            for index in range(stack.depth):
+            for index in range(1 if stack.shared else stack.depth):
                 yield stack.layers, stack, index
         yield self.head, None, None
+
+    def layers_of(self, tensor: Tensor) -> tuple[int | None, ...]:
+        """The numbers of the layers that use ``tensor``: its own, or every one of a stack whose layers share it."""
+        shared = next((stack for stack in self.stacks if stack.name == tensor.stack and stack.shared), None)
+        return tuple(range(shared.depth)) if shared else (tensor.layer,)
 
     @cached_property
     def parameter_count(self) -> int:

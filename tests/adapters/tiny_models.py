@@ -19,6 +19,7 @@ _WINDOWS = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers"
 _IMAGE = {**_STACK, "image_size": 12, "patch_size": 4, "num_channels": 2}
 
 TINY: dict[str, dict[str, Any]] = {
+    "albert": {**_TEXT, "embedding_size": 10},
     "bert": _TEXT,
     "deit": {**_IMAGE, "intermediate_size": 40, "encoder_stride": 4},
     "dinov2": {**_IMAGE, "mlp_ratio": 2},

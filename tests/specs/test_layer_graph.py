@@ -71,6 +71,20 @@ def test_a_stack_reads_through_its_own_norm_or_one_outside(final_norm: str, seen
     assert {t.through for t in graph.tensors() if t.owner.name == "attention"} == {seen}
 
 
+def test_layers_that_share_a_block_have_its_tensors_once() -> None:
+    data = transformer(depths=(3,)).model_dump()
+    for parameter in (p for layer in data["stacks"][0]["layers"] for p in layer["parameters"]):
+        parameter["name"] = parameter["name"].replace("{layer}", "all")
+    with pytest.raises(ValidationError, match="stands in the names of a stack's parameters, and only there; not where"):
+        LayerGraph.model_validate(data)
+    changed("stacks.0.shared", True)(data)
+    graph = LayerGraph.model_validate(data)
+    inside = [tensor for tensor in graph.tensors() if tensor.stack]
+    assert len(inside) == len({tensor.name for tensor in inside}) == len({tensor.key for tensor in inside})
+    assert {graph.layers_of(tensor) for tensor in inside} == {(0, 1, 2)}
+    assert graph.resized({}, {"stack0": 5}).depths == {"stack0": 5}
+
+
 Change = Callable[[dict[str, Any]], None]
 
 

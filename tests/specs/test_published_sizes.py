@@ -107,6 +107,14 @@ PUBLISHED = {
         | {"is_gated_act": True, "relative_attention_max_distance": 128, "tie_word_embeddings": False}
         | {"n_positions": 512, "output_past": True, "vocab_size": 32128, "task_specific_params": {}},
     ),
+    "albert-base-v2": (
+        "AlbertModel",
+        11_683_584,
+        BERT_STYLE
+        | {"model_type": "albert", "hidden_act": "gelu_new", "embedding_size": 128, "vocab_size": 30000}
+        | {"num_hidden_groups": 1, "inner_group_num": 1, "net_structure_type": 0, "num_memory_blocks": 0}
+        | {"down_scale_factor": 1, "gap_size": 0, "max_position_embeddings": 512, "type_vocab_size": 2},
+    ),
     "dinov2-base": (
         "Dinov2Model",
         86_580_480,
