@@ -328,7 +328,10 @@ class _Resolution:
         if "kv_heads" in self.asked and new["group"] != self.old["group"] and "heads" not in self.asked:
             raise InvalidTarget("kv_heads does not divide heads as before; name heads too")
         depth_ratio = Fraction(new["layers"], self.old["layers"])
-        depths = {stack.name: self.depth(stack.name, stack.depth, depth_ratio) for stack in self.source.stacks}
+        depths = {
+            stack.name: stack.depth if stack.fixed else self.depth(stack.name, stack.depth, depth_ratio)
+            for stack in self.source.stacks
+        }
         return {name: new[name] for name in self.source.sizes}, depths
 
     def depth(self, name: str, depth: int, ratio: Fraction) -> int:

@@ -15,7 +15,7 @@ from fnmatch import fnmatch
 from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError
@@ -126,6 +126,7 @@ class StackRule(Spec):
     Attributes:
         depth: The name of its depth, which a key under ``grown`` follows.
         size: How the config says its depth, as an expression; None where that key alone does.
+        fixed: Whether it keeps its depth when a target asks for more layers.
         shared: Whether its layers are one block that runs ``depth`` times; then names hold no ``{layer}``.
         prefix: The prefix of its parameters' names.
         layers: The layers of one block, in the order of computation.
@@ -133,15 +134,17 @@ class StackRule(Spec):
 
     depth: str
     size: str | None = None
+    fixed: bool = False
     shared: bool = False
     prefix: str
     layers: dict[str, LayerRule]
 
 
 class OutputRule(Port):
-    """An output of an architecture file; ``bare`` ones exist in the bare model only, the others only with a head.
+    """An output of an architecture file.
 
     Attributes:
+        bare: Whether the bare model has it; the others have the rest.
         when: The condition for the output to exist, as a parameter's.
     """
 
@@ -199,11 +202,15 @@ class Architecture(Spec):
     Attributes:
         architecture: Its name.
         about: One line for people.
-        model_types: The ``model_type`` values of the configs it reads.
+        library: Whose models they are.
+        model_types: The ``model_type`` values of the configs it reads; for timm, patterns of names of models.
         base: The prefix of the base model's names inside a model with a task head.
         classes: For each model class, the head layers it has.
         spaces: The spaces, in an order in which each only refers to config keys and earlier spaces.
         config: The config keys.
+        module: Where a module says each config key, for a library whose modules hold no config: a path of attributes
+            and numbers, or ``PATH / PATH``. A path may end in ``len``, in ``type`` (the class's name) or in ``given``
+            (whether it is not None).
         naming: Further naming schemes, each a table of replacements in the names (another version's module names).
         ignored_tensors: Patterns of tensors that are derived, such as position numbers; they are not carried over.
         stem, stacks, head: The layers, in the order of computation.
@@ -213,11 +220,13 @@ class Architecture(Spec):
 
     architecture: str
     about: str
+    library: Literal["transformers", "timm"] = "transformers"
     model_types: tuple[str, ...]
     base: str = ""
     classes: dict[str, ClassRule]
     spaces: dict[str, SpaceRule]
     config: ConfigRules
+    module: dict[str, str] = Field(default_factory=dict)
     naming: tuple[dict[str, str], ...] = ()
     ignored_tensors: tuple[str, ...] = ()
     stem: dict[str, LayerRule] = Field(default_factory=dict)
@@ -276,12 +285,15 @@ class Architecture(Spec):
         sizes: dict[str, int] = {}
         for name, rule in self.spaces.items():
             size = self._evaluate(rule.size, {**self._present(config), **sizes})
-            if not isinstance(size, (int, float)) or size != int(size) or size < 1:
-                raise InvalidModel(
-                    f"config.json: {name} = {rule.size} is {size}, expected a whole number of at least 1"
-                )
+            least = 0 if rule.kind == "fixed" else 1  # a model without labels has no head
+            if not isinstance(size, (int, float)) or size != int(size) or size < least:
+                raise self._bad_size(name, size)
             sizes[name] = int(size)
         return sizes
+
+    def _bad_size(self, name: str, size: Any) -> InvalidModel:
+        what = f"{name} = {self.spaces[name].size}"
+        return InvalidModel(f"config.json: {what} is {size}, expected a whole number of at least 1")
 
     def graph(
         self,
@@ -326,6 +338,7 @@ class Architecture(Spec):
                 depth=self._depth(config, rule),
                 layers=build.layers(rule.layers, prefix=rule.prefix),
                 shared=rule.shared,
+                fixed=rule.fixed,
             )
             for name, rule in self.stacks.items()
             if name not in lacks
@@ -335,6 +348,8 @@ class Architecture(Spec):
         used |= {
             name for name, rule in self.spaces.items() if rule.kind == "fixed" and name in self.config.grown.values()
         }
+        for name in (name for name in used if sizes.get(name) == 0):
+            raise self._bad_size(name, 0)
         norms = {layer.name for layer in (*stem, *head_layers) if layer.kind == "norm"}
         return LayerGraph(
             architecture=self.architecture,
@@ -699,16 +714,17 @@ def architectures() -> dict[str, Architecture]:
     return {architecture.architecture: architecture for architecture in sorted(found, key=lambda a: a.architecture)}
 
 
-def architecture_for(model_type: str | None) -> Architecture:
-    """The architecture that reads configs of ``model_type``.
+def architecture_for(model_type: str | None, library: str = "transformers") -> Architecture:
+    """The architecture that reads a library's configs of ``model_type``.
 
     Raises:
         UnsupportedModel: Naming the known ones, and how to add one.
     """
-    for architecture in architectures().values():
-        if model_type in architecture.model_types:
+    files = [architecture for architecture in architectures().values() if architecture.library == library]
+    for architecture in files:
+        if any(fnmatch(str(model_type), pattern) for pattern in architecture.model_types):
             return architecture
-    known = ", ".join(t for architecture in architectures().values() for t in architecture.model_types)
+    known = ", ".join(t for architecture in files for t in architecture.model_types)
     raise UnsupportedModel(
         f"the model type {model_type!r} is not known; known: {known}; an architecture is one data file, see "
         "docs/how-to/add-an-architecture.md"

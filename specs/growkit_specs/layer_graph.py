@@ -149,12 +149,14 @@ class Stack(Spec):
         name: Its name.
         depth: How often its block runs.
         layers: One block, in the order of computation.
+        fixed: Whether it keeps its depth when a target asks for more layers.
         shared: Whether all repetitions are one block with one set of tensors, so that names hold no ``{layer}``.
     """
 
     name: str
     depth: int = Field(ge=1)
     layers: tuple[Layer, ...]
+    fixed: bool = False
     shared: bool = False
 
 

@@ -1,8 +1,9 @@
-"""Every architecture file and every class it lists: read, planned, grown, written, loaded by transformers, the same."""
+"""Every architecture file and every class it lists: read, planned, grown, written, loaded by its library, the same."""
 
 import inspect
 import json
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,21 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import growkit
+from growkit.adapters import read_graph
 from growkit_specs import Architecture, InvalidTarget, LayerGraph, UnsupportedModel
 from growkit_specs.architecture import architectures
-from tests.adapters.tiny_models import TINY, directory, tiny
+from growkit_torch.libraries import described
+from tests.adapters.timm_models import import_timm
+from tests.adapters.tiny_models import (
+    TINY,
+    directory,
+    hidden_and_layers,
+    library_class,
+    library_defaults,
+    loaded,
+    randomised,
+    tiny,
+)
 
 FILES = list(architectures())
 CLASSES = [(name, class_name) for name, file in architectures().items() for class_name in file.classes]
@@ -66,7 +79,9 @@ def assert_same_tensors(a: dict[Any, np.ndarray], b: dict[Any, np.ndarray]) -> N
 
 def plain_inputs(module: Any) -> dict[str, torch.Tensor]:
     """Two images, or two sequences of which one is padded."""
-    draw, config = torch.Generator().manual_seed(1), module.config
+    draw, config = torch.Generator().manual_seed(1), getattr(module, "config", None)
+    if config is None:
+        return {"x": torch.randn(2, module.in_chans, 12, 12, generator=draw, dtype=torch.float64)}
     if module.main_input_name == "pixel_values":
         return {"pixel_values": torch.randn(2, config.num_channels, 12, 12, generator=draw, dtype=torch.float64)}
     ids = torch.randint(2, config.vocab_size, (2, 12), generator=draw)
@@ -82,9 +97,10 @@ def plain_inputs(module: Any) -> dict[str, torch.Tensor]:
 
 
 def outputs(module: Any, **inputs: torch.Tensor) -> dict[str, np.ndarray]:
-    """What transformers itself computes, in float64."""
+    """What the library itself computes, in float64."""
     with torch.no_grad():
         found = module.double()(**inputs)
+    found = {"output": found} if torch.is_tensor(found) else found
     return {name: value.numpy() for name, value in found.items() if torch.is_tensor(value)}
 
 
@@ -112,10 +128,11 @@ def test_every_file_has_a_tiny_model() -> None:
 
 
 @every_class
-def test_transformers_has_the_class(name: str, class_name: str) -> None:
-    cls = getattr(transformers, class_name)
-    assert issubclass(cls, transformers.PreTrainedModel)
-    assert cls.config_class.model_type in architectures()[name].model_types
+def test_the_library_has_the_class(name: str, class_name: str) -> None:
+    file = architectures()[name]
+    cls = library_class(file, class_name)
+    assert issubclass(cls, torch.nn.Module)
+    assert file.library == "timm" or cls.config_class.model_type in file.model_types
 
 
 @every_class
@@ -128,9 +145,9 @@ def test_nothing_changes_where_nothing_grows(name: str, class_name: str, tmp_pat
     grown = written(source, out)
 
     assert config_of(out) == config_of(path)
-    loaded = type(module).from_pretrained(out).state_dict()
-    assert loaded.keys() == module.state_dict().keys()
-    assert all(torch.equal(loaded[key], tensor) for key, tensor in module.state_dict().items())
+    state = loaded(module, out).state_dict()
+    assert state.keys() == module.state_dict().keys()
+    assert all(torch.equal(state[key], tensor) for key, tensor in module.state_dict().items())
     assert growkit.verify(source, grown).max_abs_diff == 0
 
 
@@ -145,24 +162,23 @@ def test_a_directory_grows_exactly(name: str, class_name: str, tmp_path: Path) -
     grown = written(source, out, **sizes)
 
     assert growkit.verify(source, grown).preserved
-    loaded = type(module).from_pretrained(out)
-    assert loaded.config.hidden_size == sizes["hidden"]
-    assert loaded.config.num_hidden_layers == sizes.get("layers", 2)
-    assert_computes_the_same(module, loaded, grown)
+    larger = loaded(module, out)
+    assert hidden_and_layers(larger) == (sizes["hidden"], sizes.get("layers", 2))
+    assert_computes_the_same(module, larger, grown)
 
 
 @every_class
 def test_a_module_grows_exactly(name: str, class_name: str) -> None:
     module = tiny(name, class_name)
     before = {key: tensor.clone() for key, tensor in module.state_dict().items()}
-    config = module.config.to_dict()
+    config = str(getattr(module, "config", None))
 
     grown = growkit.grow(growkit.read(module), **exact_growth(name))
     larger = grown.to_torch()
 
     assert type(larger) is type(module)
-    assert larger.config.hidden_size == exact_growth(name)["hidden"]
-    assert module.config.to_dict() == config
+    assert hidden_and_layers(larger)[0] == exact_growth(name)["hidden"]
+    assert str(getattr(module, "config", None)) == config
     assert all(torch.equal(before[key], tensor) for key, tensor in module.state_dict().items())
     assert_computes_the_same(module, larger, grown)
 
@@ -189,12 +205,12 @@ def test_post_norm_is_told_inexact_and_grows(
 @every_file
 def test_a_config_that_omits_a_key_means_the_default(name: str) -> None:
     file = architectures()[name]
-    config = getattr(transformers, file.base_class).config_class()
+    config = library_defaults(file)
     named = {key: value for key, value in file.config.defaults.items() if value is not None}
     assert {key: getattr(config, key) for key in named if hasattr(config, key)} == {
         key: value for key, value in named.items() if hasattr(config, key)
     }
-    assert file.sizes({}) == file.sizes(config.to_dict())
+    assert file.sizes({}) == file.sizes(config.to_dict() if hasattr(config, "to_dict") else vars(config))
     for key, values in file.config.supported.items():
         value = getattr(config, key, values[0])
         assert set(value if key in file.config.per_layer and value else [value]) <= set(values)
@@ -206,6 +222,7 @@ def test_a_config_that_omits_a_key_means_the_default(name: str) -> None:
         ("albert", "AlbertModel",
          {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}, 11_683_584),  # base
         ("bert", "BertModel", {}, 109_482_240),  # bert-base-uncased
+        ("cait", "Cait", {"img_size": 224, "embed_dim": 192, "depth": 24, "num_heads": 4}, 11_956_264),  # XXS24
         ("deit", "DeiTForImageClassificationWithTeacher", {"num_labels": 1000}, 87_338_192),  # base, distilled
         ("dinov2", "Dinov2Model", {"image_size": 518}, 86_580_480),  # base
         ("distilbert", "DistilBertModel", {}, 66_362_880),  # base, uncased
@@ -277,8 +294,9 @@ def test_every_naming_scheme_reads(name: str, naming: int, tmp_path: Path) -> No
     for class_name in file.classes:
         path = directory(tmp_path, tiny(name, class_name), class_name)
         expected = by_slot(path)
-        names = names_under(file, config_of(path), class_name)
-        others = names_under(file, config_of(path), class_name, naming=naming)
+        config = described(config_of(path)).config
+        names = names_under(file, config, class_name)
+        others = names_under(file, config, class_name, naming=naming)
         rename_tensors(path, {names[slot]: others[slot] for slot in names})
         assert_same_tensors(by_slot(path), expected)
 
@@ -288,8 +306,9 @@ def test_a_checkpoint_reads_with_and_without_the_base_prefix(name: str, class_na
     file = architectures()[name]
     path = directory(tmp_path, tiny(name, class_name))
     expected = by_slot(path)
-    names = names_under(file, config_of(path), class_name)
-    others = names_under(file, config_of(path), class_name, base="" if file.base_of(class_name) else file.base)
+    config = described(config_of(path)).config
+    names = names_under(file, config, class_name)
+    others = names_under(file, config, class_name, base="" if file.base_of(class_name) else file.base)
     rename_tensors(path, {names[slot]: others[slot] for slot in names})
     assert_same_tensors(by_slot(path), expected)
 
@@ -637,6 +656,93 @@ def test_the_pooler_that_published_alberts_hold_is_left_behind(tmp_path: Path) -
     source = growkit.read(path)
     assert growkit.verify(source, written(source, out, hidden=48)).preserved
     assert load_file(out / "model.safetensors").keys() == state.keys()
+
+
+# --- timm -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["lossless", "net2net"])
+@pytest.mark.parametrize(
+    "sizes", [{"hidden": 36}, {"hidden": 48}, {"hidden": 48, "heads": 4}, {"hidden": 48, "heads": 6}]
+)
+def test_talking_heads_talk_the_same(method: str, sizes: dict[str, int]) -> None:
+    """In float64, exactly where the verdict says so: heads that are added, copied, and wider."""
+    source = growkit.read(tiny("cait").double())
+    plan = growkit.plan(source, method=method, **sizes)
+    assert plan.preserving == (method == "lossless" or sizes["hidden"] == 48)
+    report = growkit.verify(source, growkit.grow(source, plan))
+    assert report.preserved == plan.preserving
+    assert report.rtol == 1e-10
+
+
+@pytest.mark.parametrize("config", [{"qkv_bias": False}, {"num_classes": 0}, {"global_pool": "avg"}])
+def test_timms_variants_grow_exactly(config: dict[str, Any], tmp_path: Path) -> None:
+    module = tiny("cait", **config)
+    source = growkit.read(directory(tmp_path, module))
+    grown = written(source, tmp_path / "grown", hidden=36, layers=4)
+    assert growkit.verify(source, grown).preserved
+    assert_computes_the_same(module, loaded(module, tmp_path / "grown"), grown)
+
+
+def test_layers_of_the_class_token_stay() -> None:
+    """Every published CaiT has two, whatever the depth of its patches is."""
+    plan = growkit.plan(growkit.read(tiny("cait")), layers=3)
+    assert plan.target.depths == {"blocks": 3, "blocks_token_only": 1}
+    assert plan.preserving
+
+
+def test_a_module_that_timm_did_not_name_is_written(tmp_path: Path) -> None:
+    cait = import_timm().models.Cait
+    module = randomised(cait(**TINY["cait"])).eval()
+    grown = growkit.grow(growkit.read(module), hidden=36)
+    growkit.write(grown, tmp_path / "grown")
+    assert_computes_the_same(module, loaded(module, tmp_path / "grown"), grown)
+    cait(**config_of(tmp_path / "grown")["model_args"]).load_state_dict(load_file(tmp_path / "grown/model.safetensors"))
+
+
+def test_a_name_of_timms_says_what_the_arguments_leave_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"architecture": "cait_xxs24_224", "num_classes": 10, "global_pool": "token"}
+    config["pretrained_cfg"] = {"input_size": [3, 224, 224], "fixed_input_size": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    import_timm()
+    graph = read_graph(tmp_path)
+    assert (graph.sizes["hidden"], graph.sizes["heads"], graph.sizes["labels"]) == (192, 4, 10)
+    assert graph.depths == {"blocks": 24, "blocks_token_only": 2}
+
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(
+        UnsupportedModel, match=r"model_args does not hold embed_dim, .* 'cait_xxs24_224'; timm cannot be"
+    ):
+        read_graph(tmp_path)
+
+
+def test_what_growkit_wrote_is_read_without_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(growkit.read(tiny("cait")), tmp_path / "grown", hidden=36)
+    monkeypatch.setitem(sys.modules, "timm", None)
+    grown = growkit.read(tmp_path / "grown")
+    growkit.write(growkit.grow(grown, hidden=72), tmp_path / "again")
+    assert growkit.read(tmp_path / "again").graph.sizes["hidden"] == 72
+    assert config_of(tmp_path / "again")["num_features"] == 72
+    with pytest.raises(UnsupportedModel, match=r"takes timm to run this model; .* install growkit\[timm\]"):
+        grown.to_torch()
+
+
+def test_timms_modules_that_no_file_knows_are_refused() -> None:
+    module = import_timm().create_model("resnet10t")
+    with pytest.raises(UnsupportedModel, match="the class 'ResNet' of timm is not known; known: Cait;"):
+        growkit.read(module)
+    with pytest.raises(UnsupportedModel, match="the module Linear is of none of the libraries timm, transformers"):
+        growkit.read(torch.nn.Linear(2, 3))
+
+
+def test_facts_that_no_argument_says_are_checked() -> None:
+    module = tiny("cait")
+    module.norm.eps = 1e-3
+    with pytest.raises(UnsupportedModel, match=r"epsilon is 0\.001; architecture 'cait' supports 1e-06"):
+        growkit.read(module)
+    del module.patch_embed.img_size
+    with pytest.raises(UnsupportedModel, match=r"Cait: nothing is at patch_embed\.img_size"):
+        growkit.read(module)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

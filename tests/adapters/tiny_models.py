@@ -4,13 +4,17 @@ No two sizes are equal where an axis could be taken for another, and no entry is
 has by its initialisation (biases of zero, scales of one) would hide what is lost or mixed up.
 """
 
+import inspect
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import transformers
 
+from growkit_specs import Architecture
 from growkit_specs.architecture import architectures
+from tests.adapters.timm_models import import_timm
 
 _STACK = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
 _TEXT = {**_STACK, "intermediate_size": 40, "vocab_size": 50, "max_position_embeddings": 20}
@@ -21,6 +25,10 @@ _IMAGE = {**_STACK, "image_size": 12, "patch_size": 4, "num_channels": 2}
 TINY: dict[str, dict[str, Any]] = {
     "albert": {**_TEXT, "embedding_size": 10},
     "bert": _TEXT,
+    "cait": {
+        "embed_dim": 24, "depth": 2, "num_heads": 4, "mlp_ratio": 2, "depth_token_only": 1, "mlp_ratio_token_only": 4,
+        "qkv_bias": True, "img_size": 12, "patch_size": 4, "in_chans": 2, "num_classes": 3, "global_pool": "token",
+    },
     "deit": {**_IMAGE, "intermediate_size": 40, "encoder_stride": 4},
     "dinov2": {**_IMAGE, "mlp_ratio": 2},
     "distilbert": {
@@ -65,7 +73,12 @@ def tiny(
         options: Further arguments of the class's constructor.
         config: Config keys that differ from :data:`TINY`.
     """
-    cls = getattr(transformers, class_name or architectures()[architecture].base_class)
+    file = architectures()[architecture]
+    if file.library == "timm":
+        timm = import_timm()
+        (name, *_) = timm.list_models(list(file.model_types))
+        return randomised(timm.create_model(name, **{**TINY[architecture], **config})).eval()
+    cls = getattr(transformers, class_name or file.base_class)
     labels = {"num_labels": 3} if "Classification" in cls.__name__ else {}
     module = cls(cls.config_class(**{**TINY[architecture], **labels, **config}), **(options or {}))
     return randomised(module).eval()
@@ -77,14 +90,45 @@ def randomised(module: Any, seed: int = 0) -> Any:
     with torch.no_grad():
         for part in module.modules():
             for name, parameter in part.named_parameters(recurse=False):
-                scales = name == "lambda1" or ("norm" in type(part).__name__.lower() and name == "weight")
+                scales = "norm" in type(part).__name__.lower() and name == "weight"
                 centre = parameter.mean() if scales else 0.0  # zero where the norm computes with 1 + scale
+                centre = 1.0 if name in ("lambda1", "gamma_1", "gamma_2") else centre  # a layer scale starts near zero
                 parameter.normal_(0.0, 0.2, generator=generator).add_(centre)
     return module
 
 
 def directory(tmp_path: Path, module: Any, name: str = "source") -> Path:
-    """`module`, saved by transformers in a folder of `tmp_path`."""
+    """`module`, saved by its library in a folder of `tmp_path`."""
     path = tmp_path / name
-    module.save_pretrained(path)
+    if hasattr(module, "save_pretrained"):
+        module.save_pretrained(path)
+    else:
+        import_timm().models.save_for_hf(module, path, safe_serialization=True)
     return path
+
+
+def loaded(module: Any, path: Path) -> Any:
+    """What the library of `module` loads from `path`."""
+    if hasattr(module, "from_pretrained"):
+        return type(module).from_pretrained(path)
+    return import_timm().create_model(f"local-dir:{path}", pretrained=True)
+
+
+def hidden_and_layers(module: Any) -> tuple[int, int]:
+    """The width and the depth that a module says it has."""
+    if hasattr(module, "config"):
+        return module.config.hidden_size, module.config.num_hidden_layers
+    return module.embed_dim, len(module.blocks)
+
+
+def library_class(file: Architecture, class_name: str) -> Any:
+    """The class of that name in the library of an architecture file."""
+    return getattr(import_timm().models if file.library == "timm" else transformers, class_name)
+
+
+def library_defaults(file: Architecture) -> Any:
+    """What a config means that says nothing, as attributes."""
+    cls = library_class(file, file.base_class)
+    if file.library == "transformers":
+        return cls.config_class()
+    return SimpleNamespace(**{name: p.default for name, p in inspect.signature(cls).parameters.items()})
