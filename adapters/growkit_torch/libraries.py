@@ -181,7 +181,10 @@ class Timm:
     def document(self, origin: Origin, graph: LayerGraph) -> dict[str, Any]:
         """As it was, with every argument spelled out, so that no reader has to ask timm for them."""
         sizes = {"num_features": graph.sizes["hidden"]} if "num_features" in origin.document else {}
-        return dict(origin.document) | sizes | {"model_args": self._arguments(origin)}
+        arguments = self._arguments(origin)
+        spelled = origin.document.get("model_args") or {}
+        kept = {key: value for key, value in spelled.items() if _plain(value) == arguments.get(key)}
+        return dict(origin.document) | sizes | {"model_args": arguments | kept}
 
     def _arguments(self, origin: Origin) -> dict[str, Any]:
         """The config without the facts that no argument says."""
