@@ -52,6 +52,7 @@ $(VENV)/.torch: pyproject.toml constraints.txt
 
 $(VENV)/.installed-%: $(VENV)/.torch
 	$(BIN)/python $(PIP) -c constraints.txt -e '.[all,$*]'
+	$(BIN)/python $(PIP) --no-deps "$$(grep '^timm==' constraints.txt)"  # without torchvision: the tests say why
 	@touch $@
 
 # constraints-compat.txt holds only what differs: the oldest transformers and what it needs.

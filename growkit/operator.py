@@ -37,7 +37,8 @@ from growkit.matrices import (
     scaled,
     to_state,
 )
-from growkit_specs import Axis, Concatenation, Fixed, GrowkitError, Layer, Leaf, Product, Stack, Tensor
+from growkit_specs import Axis, Concatenation, Fixed, GrowkitError, Layer, Leaf, Product, Tensor
+from growkit_specs.layer_graph import norm_key
 from growkit_specs.layout import product, spaces_of
 
 Side = Literal["write", "read", "seen"]
@@ -90,11 +91,6 @@ class Expansion:
         """``s`` where ``B = s C``: the factor on a norm's output that goes back into the stream."""
         written, seen = (matrix.apply(np.ones(matrix.shape[1])) for matrix in (self.write, self.seen))
         return float(written @ seen / (seen @ seen)) if seen.any() else 1.0
-
-
-def norm_key(stack: Stack | str | None, name: str | None) -> str:
-    """The name of a norm that no other norm of the model has: its stack and its layer's name."""
-    return f"{getattr(stack, 'name', stack) or ''}/{name}"
 
 
 def unchanged(size: int) -> Expansion:
@@ -288,7 +284,7 @@ class GrowthOperator:
             return scaled(matrix, self.norm_factors.get(norm_key(target.stack, target.owner.name), 1.0))
         factor = 1 / self.power(target.owner) if "hidden" in spaces_of(layout.axes[axis]) else 1.0
         if role == "read" and target.owner.through is not None and not self._is_tied(target):
-            factor *= self.norm_factors.get(norm_key(target.stack, target.owner.through), 1.0)
+            factor *= self.norm_factors.get(str(target.through), 1.0)
         return scaled(matrix, factor if side == "seen" else 1 / factor)
 
     def power(self, layer: Layer) -> float:

@@ -15,9 +15,10 @@ import numpy as np
 from growkit.matrices import scaled
 from growkit.methods import Depth, Method, Refinement, SpaceGrowth, chosen
 from growkit.model import Model
-from growkit.operator import Expansion, Fresh, GrowthOperator, norm_key, unchanged
+from growkit.operator import Expansion, Fresh, GrowthOperator, unchanged
 from growkit.verdict import Verdict, tie_factor, variances, verdict
 from growkit_specs import InvalidTarget, LayerGraph, LayerMap, Recipe, Target, evaluate, fresh_scale, layer_maps
+from growkit_specs.layer_graph import norm_key
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,9 @@ def summary(graph: LayerGraph) -> dict[str, Any]:
 def flops_per_token(graph: LayerGraph) -> int:
     """Forward FLOPs per token of the matrix products with weights: two for each entry; attention scores not counted."""
     return sum(
-        2 * t.count for t in graph.tensors(tied=True) if t.parameter.parsed.reads and t.owner.kind != "embedding"
+        2 * t.count * len(graph.layers_of(t))
+        for t in graph.tensors(tied=True)
+        if t.parameter.parsed.reads and t.owner.kind != "embedding"
     )
 
 
@@ -159,7 +162,8 @@ def plan(
     )
     operator = _with_ties(source, _with_scores(source, operator, depths))
     if deepens and deep.refine is not None:
-        deepened = {name: depth for name, depth in depths.items() if name not in maps}
+        apart = {stack.name for stack in source.stacks if not stack.shared} - set(maps)
+        deepened = {name: depth for name, depth in depths.items() if name in apart}
         operator = deep.refine(Refinement(model, operator, target_graph(source, operator), deepened))
     recipe = Recipe(
         source=str(getattr(model.origin, "path", None) or source.attributes.get("class") or source.architecture),
@@ -395,7 +399,10 @@ class _Resolution:
         if "kv_heads" in self.asked and new["group"] != self.old["group"] and "heads" not in self.asked:
             raise InvalidTarget("kv_heads does not divide heads as before; name heads too")
         depth_ratio = Fraction(new["layers"], self.old["layers"])
-        depths = {stack.name: self.depth(stack.name, stack.depth, depth_ratio) for stack in self.source.stacks}
+        depths = {
+            stack.name: stack.depth if stack.fixed else self.depth(stack.name, stack.depth, depth_ratio)
+            for stack in self.source.stacks
+        }
         return {name: new[name] for name in self.source.sizes}, depths
 
     def depth(self, name: str, depth: int, ratio: Fraction) -> int:

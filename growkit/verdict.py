@@ -14,8 +14,9 @@ import numpy as np
 
 from growkit import norms
 from growkit.matrices import Matrix
-from growkit.operator import Expansion, GrowthOperator, norm_key
+from growkit.operator import Expansion, GrowthOperator
 from growkit_specs import Layer, LayerGraph, Stack, Tensor, parse_layout
+from growkit_specs.layer_graph import norm_key
 
 _PROBES = 4
 _TOLERANCE = 1e-9
@@ -295,6 +296,10 @@ class _Examination:
         L2, L1 = self.operator.depth(stack.name)
         blends = list(self.slot_blends(stack).values())
         if all(np.array_equal(w, np.eye(L1)) for w in blends):
+            return
+        if stack.shared and L1 != L2:
+            detail = f"{L1} to {L2} layers: they are one block, which runs more often"
+            yield Reason(f"{stack.name}: depth", False, detail)
             return
         silent = self.silent(stack)
         awake = np.flatnonzero(~silent)

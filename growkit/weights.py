@@ -19,7 +19,11 @@ class Grower:
         self.model = model
         self.operator = operator
         tied = {p.name: p.tied_to for _, layer in model.graph.walk() for p in layer.parameters if p.tied_to}
-        self.names = {(t.key, t.layer): tied.get(t.name) or t.name for t in model.graph.tensors(tied=True)}
+        self.names = {
+            (tensor.key, layer): tied.get(tensor.name) or tensor.name
+            for tensor in model.graph.tensors(tied=True)
+            for layer in model.graph.layers_of(tensor)
+        }
 
     def __call__(self, target: Tensor) -> Array:
         """The grown tensor.

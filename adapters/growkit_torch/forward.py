@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,24 +10,9 @@ import numpy as np
 
 from growkit.matrices import Array
 from growkit.model import Model
-from growkit_specs import GrowkitError, LayerGraph, UnsupportedModel
-from growkit_torch.read import Origin, as_numpy, as_torch
-
-
-def model_class(origin: Origin) -> Any:
-    """The class of a model, from transformers or from its module.
-
-    Raises:
-        UnsupportedModel: Where this version of transformers has no such class.
-    """
-    if origin.module is not None:
-        return type(origin.module)
-    import transformers
-
-    found = getattr(transformers, origin.class_name, None)
-    if found is None:
-        raise UnsupportedModel(f"transformers {transformers.__version__} has no class {origin.class_name}; upgrade it")
-    return found
+from growkit_specs import GrowkitError, LayerGraph
+from growkit_torch.libraries import library_of
+from growkit_torch.read import as_numpy, as_torch
 
 
 def build(model: Model, dtype: Any = None) -> Any:
@@ -43,54 +27,9 @@ def build(model: Model, dtype: Any = None) -> Any:
     """
     import torch
 
-    cls = model_class(model.origin)
-    config = cls.config_class.from_dict(dict(model.origin.config))
-    first = next(iter(model.graph.tensors()))
-    dtype = dtype or getattr(torch, first.parameter.dtype)
+    dtype = dtype or getattr(torch, next(iter(model.graph.tensors())).parameter.dtype)
     state = {name: as_torch(np.asarray(array)) for name, array in model.weights.items()}
-    options = _constructor_options(cls, model)
-    with _quiet():
-        module, loading = cls.from_pretrained(
-            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True, **options
-        )
-    missing = [name for name in loading["missing_keys"] if not _is_derived(module, name)]
-    if missing or loading["unexpected_keys"] or loading["mismatched_keys"]:
-        raise GrowkitError(
-            f"{cls.__name__} did not take its tensors: {missing or ''} {loading['unexpected_keys'] or ''}"
-        )
-    return module.eval()
-
-
-def _constructor_options(cls: Any, model: Model) -> dict[str, bool]:
-    """What the constructor must be told because no config says it: which optional layers exist."""
-    accepted = inspect.signature(cls.__init__).parameters
-    rules = model.origin.architecture.stem | model.origin.architecture.head
-    present = {layer.name for _, layer in model.graph.walk()}
-    return {rule.argument: name in present for name, rule in rules.items() if rule.argument in accepted}
-
-
-def _is_derived(module: Any, name: str) -> bool:
-    """Whether a missing name is tied to one that is there."""
-    tied = getattr(module, "all_tied_weights_keys", None) or dict.fromkeys(
-        getattr(module, "_tied_weights_keys", None) or ()
-    )
-    return name in tied
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Transformers warns of every tied or fresh tensor, and draws bars of its own."""
-    from transformers.utils import logging
-
-    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        if bars:
-            logging.enable_progress_bar()
+    return library_of(model.origin).build(model, state, dtype).eval()
 
 
 def _norms_in_float64(module: Any, graph: LayerGraph) -> None:
@@ -149,11 +88,12 @@ class ModuleForward:
         self.device = _device(device)
         stored = {tensor.parameter.dtype for tensor in model.graph.tensors()}
         self.module = build(model, torch.float64 if stored & {"float64", "float32"} else torch.float32)
-        if self.module.dtype == torch.float64:
+        if next(self.module.parameters()).dtype == torch.float64:
             _norms_in_float64(self.module, model.graph)
         self.module.to(self.device)
-        if getattr(self.module.config, "pad_token_id", 0) is None:
-            self.module.config.pad_token_id = -1  # no token pads: classifiers of sequences read the last one
+        config = getattr(self.module, "config", None)
+        if config is not None and getattr(config, "pad_token_id", 0) is None:
+            config.pad_token_id = -1  # no token pads: classifiers of sequences read the last one
 
     def __call__(self, inputs: Mapping[str, Array], weights: Mapping[str, Any] | None = None) -> dict[str, Array]:
         """Run the model.
@@ -173,7 +113,15 @@ class ModuleForward:
         if weights is not None:
             with _by_default(dtype):
                 outputs = torch.func.functional_call(self.module, dict(weights), (), given)
-            return {name: value for name, value in outputs.items() if torch.is_tensor(value)}
+            return _tensors(outputs)
         with torch.no_grad(), _by_default(dtype):
             outputs = self.module(**given)
-        return {name: as_numpy(value) for name, value in outputs.items() if torch.is_tensor(value)}
+        return {name: as_numpy(value) for name, value in _tensors(outputs).items()}
+
+
+def _tensors(outputs: Any) -> dict[str, Any]:
+    """A module's outputs by name; a single tensor is called ``output``."""
+    import torch
+
+    named = {"output": outputs} if torch.is_tensor(outputs) else outputs
+    return {name: value for name, value in named.items() if torch.is_tensor(value)}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ import numpy as np
 from growkit.adapters import Adapter
 from growkit.model import Growth, LazyWeights, Model
 from growkit.operator import GrowthOperator
-from growkit_specs import Architecture, InvalidModel, LayerGraph, Recipe, Tensor, UnsupportedModel, architecture_for
+from growkit_specs import Architecture, InvalidModel, LayerGraph, Recipe, Tensor, UnsupportedModel
 from growkit_specs.layout import axis_size, spaces_of
+from growkit_torch.libraries import described, introspected
 from growkit_torch.safetensors_file import StoredTensor, read_header
 
 INDEX = "model.safetensors.index.json"
@@ -34,6 +35,7 @@ class Origin:
         architecture: The architecture file that reads it.
         path: Its directory, where it has one.
         module: The module, where it was read from memory.
+        document: The contents of its ``config.json``, as far as they are not its config.
     """
 
     config: Mapping[str, Any]
@@ -41,6 +43,7 @@ class Origin:
     architecture: Architecture
     path: Path | None = None
     module: Any = None
+    document: Mapping[str, Any] = field(default_factory=dict)
 
     def resized(self, graph: LayerGraph, operator: GrowthOperator) -> Origin:
         """The origin of what an operator makes of this model: the same, with its config grown.
@@ -73,38 +76,36 @@ def read_directory(adapter: Adapter, path: Path) -> Model:
     """
     if path.is_file():
         raise InvalidModel(f"{path}: a config has no weights; expected the model's directory")
-    config = _json(path / "config.json")
-    architecture = architecture_for(config.get("model_type"))
+    told = described(_json(path / "config.json"))
     stored = _stored_tensors(path)
-    class_name = _class_of(config, architecture, stored, path)
+    class_name = told.class_name or _class_of(told.architecture, stored, path)
     shapes = {name: (tuple(t.shape), np.dtype(t.dtype)) for name, t in stored.items()}
-    graph, names = _fitted_graph(architecture, config, class_name, shapes, str(path))
+    graph, names = _fitted_graph(told.architecture, told.config, class_name, shapes, str(path))
     _refuse_broken_ties(graph, stored, path)
     weights = LazyWeights({name: stored[name] for name in names}, lambda tensor: tensor.load())
-    origin = Origin(config, class_name, architecture, path=path)
+    origin = Origin(told.config, class_name, told.architecture, path=path, document=told.document)
     return Model(graph, weights, adapter, origin, _growth_beside(path))
 
 
 def read_module(adapter: Adapter, module: Any) -> Model:
     """Read a module of a known architecture; its tensors are seen as numpy arrays that share their memory."""
-    config = module.config.to_dict()
-    architecture = architecture_for(config.get("model_type"))
+    told = introspected(module)
     state = module.state_dict()
     tied = _shared_names(state)
     shapes = {n: (tuple(t.shape), _numpy_dtype(t)) for n, t in state.items()}
-    class_name = type(module).__name__
-    graph, names = _fitted_graph(architecture, config, class_name, shapes, class_name, frozenset(tied))
+    class_name = str(told.class_name)
+    graph, names = _fitted_graph(told.architecture, told.config, class_name, shapes, class_name, frozenset(tied))
     weights = LazyWeights({name: state[name] for name in names}, as_numpy)
-    return Model(graph, weights, adapter, Origin(config, class_name, architecture, module=module))
+    origin = Origin(told.config, class_name, told.architecture, module=module, document=told.document)
+    return Model(graph, weights, adapter, origin)
 
 
 def read_config(source: Any) -> LayerGraph:
     """The layer graph of a config file, a directory's config or a module, its weights not looked at."""
     if not isinstance(source, Path):
         return read_module(None, source).graph  # type: ignore[arg-type]
-    config = _json(source / "config.json" if source.is_dir() else source)
-    architecture = architecture_for(config.get("model_type"))
-    return architecture.graph(config, (config.get("architectures") or [None])[0])
+    told = described(_json(source / "config.json" if source.is_dir() else source))
+    return told.architecture.graph(told.config, told.class_name)
 
 
 # --- config and class ----------------------------------------------------------------------------------------------
@@ -122,10 +123,7 @@ def _json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _class_of(config: Mapping[str, Any], architecture: Architecture, stored: Mapping[str, Any], path: Path) -> str:
-    named = config.get("architectures")
-    if named:
-        return str(named[0])
+def _class_of(architecture: Architecture, stored: Mapping[str, Any], path: Path) -> str:
     if architecture.base and any(name.startswith(architecture.base) for name in stored):
         raise InvalidModel(
             f"{path / 'config.json'}: no class under 'architectures', and the tensors "
@@ -259,7 +257,7 @@ def _fitted_graph(
 ) -> tuple[LayerGraph, list[str]]:
     """The graph whose tensors these are, and their names; everything is accounted for or refused."""
     graph = min(
-        _candidates(architecture, config, class_name, shapes),
+        _candidates(architecture, config, class_name, shapes.keys() - shared),
         key=lambda graph: sum(tensor.name not in shapes for tensor in graph.tensors()),
     )
     wanted = {tensor.name: tensor for tensor in graph.tensors()}
@@ -303,12 +301,12 @@ def _refuse_broken_ties(graph: LayerGraph, stored: Mapping[str, Any], path: Path
 
 
 def _candidates(
-    architecture: Architecture, config: Mapping[str, Any], class_name: str, shapes: Shapes
+    architecture: Architecture, config: Mapping[str, Any], class_name: str, names: Set[str]
 ) -> list[LayerGraph]:
     """The graphs under every naming scheme, with and without the base model's prefix."""
 
     def graph(base: str | None, naming: int) -> LayerGraph:
-        return architecture.graph(config, class_name, base=base, naming=naming, has_tensor=lambda name: name in shapes)
+        return architecture.graph(config, class_name, base=base, naming=naming, has_tensor=lambda name: name in names)
 
     first = graph(None, 0)  # refuses an unknown class before its prefix is asked for
     bases = dict.fromkeys((architecture.base_of(class_name), "", architecture.base))

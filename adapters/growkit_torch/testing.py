@@ -57,7 +57,8 @@ def randomised(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     with torch.no_grad():
         for part in module.modules():
             for name, parameter in part.named_parameters(recurse=False):
-                scales = name == "lambda1" or ("norm" in type(part).__name__.lower() and name == "weight")
+                scales = "norm" in type(part).__name__.lower() and name == "weight"
                 centre = parameter.mean() if scales else 0.0  # zero where the norm computes with 1 + scale
+                centre = 1.0 if name in ("lambda1", "gamma_1", "gamma_2") else centre  # a layer scale starts near zero
                 parameter.normal_(0.0, 0.2, generator=generator).add_(centre)
     return module

@@ -19,6 +19,7 @@ from growkit.matrices import Array
 from growkit.model import Model
 from growkit.weights import dtype_of
 from growkit_specs import GrowkitError, LayerGraph, Recipe, Tensor
+from growkit_torch.libraries import library_of
 from growkit_torch.read import INDEX, OPERATOR, RECIPE, SINGLE, Origin, read_directory
 from growkit_torch.safetensors_file import write_file
 
@@ -57,7 +58,7 @@ def write_directory(
     with _staged(destination, model.bytes) as folder:
         if like.path is not None:
             _carry_over(like.path, folder, model.graph)
-        _write_json(folder / "config.json", dict(like.config) | {"architectures": [like.class_name]})
+        _write_json(folder / "config.json", library_of(like).document(like, model.graph))
         _write_weights(folder, model, like, progress)
         if model.growth is not None:
             model.growth.operator.save(folder / OPERATOR)

@@ -15,7 +15,7 @@ from fnmatch import fnmatch
 from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError
@@ -67,8 +67,9 @@ class ParameterRule(Spec):
     Attributes:
         name: The tensor's name; ``{base}`` stands for the base model's prefix, ``{layer}`` for the layer's number.
         layout: Its line of the axis notation.
-        when: The condition for the parameter to exist: ``KEY``, ``not KEY``, ``a == b`` or ``a != b`` over config keys
-            and spaces, and several of these with ``and``.
+        when: The condition for the parameter to exist: an expression over config keys that must be true, or ``KEY is
+            PATTERN``, ``not`` before either; ``a == b`` or ``a != b`` over config keys and spaces; and several of these
+            with ``and``.
         tied_to: The name of the parameter it is tied to where the config ties embeddings.
         optional: Whether a source that lacks it means its tie, whatever the config says.
     """
@@ -81,9 +82,16 @@ class ParameterRule(Spec):
 
 
 class ClassRule(Spec):
-    """A model class: the head layers it has, and its base model's prefix where it is not the usual one."""
+    """A model class.
+
+    Attributes:
+        layers: The head layers it has.
+        lacks: What it does not have of that which every other class has: layers of the stem, stacks, inputs, outputs.
+        base: The prefix of its base model's names, where it is not the usual one.
+    """
 
     layers: tuple[str, ...]
+    lacks: tuple[str, ...] = ()
     base: str | None = None
 
 
@@ -113,17 +121,30 @@ class LayerRule(Spec):
 
 
 class StackRule(Spec):
-    """A stack of an architecture file: the size that is its depth, the prefix of its names, its layers in order."""
+    """A stack of an architecture file.
+
+    Attributes:
+        depth: The name of its depth, which a key under ``grown`` follows.
+        size: How the config says its depth, as an expression; None where that key alone does.
+        fixed: Whether it keeps its depth when a target asks for more layers.
+        shared: Whether its layers are one block that runs ``depth`` times; then names hold no ``{layer}``.
+        prefix: The prefix of its parameters' names.
+        layers: The layers of one block, in the order of computation.
+    """
 
     depth: str
+    size: str | None = None
+    fixed: bool = False
+    shared: bool = False
     prefix: str
     layers: dict[str, LayerRule]
 
 
 class OutputRule(Port):
-    """An output of an architecture file; ``bare`` ones exist in the bare model only, the others only with a head.
+    """An output of an architecture file.
 
     Attributes:
+        bare: Whether the bare model has it; the others have the rest.
         when: The condition for the output to exist, as a parameter's.
     """
 
@@ -158,6 +179,8 @@ class ConfigRules(Spec):
         thresholds: Keys that hold a layer number below which (exclusive) layers differ from those above.
         derived: Keys that the framework derives from the depth; left out where the depth changes.
         divisible: Pairs of sizes of which the first must be a multiple of the second, because the framework insists.
+        ties: The keys that say whether embeddings are tied: the first that a config has decides, and growth that
+            unties them sets all to false.
         ignored: Keys that do not matter to growth, as patterns.
     """
 
@@ -169,6 +192,7 @@ class ConfigRules(Spec):
     thresholds: tuple[str, ...] = ()
     derived: tuple[str, ...] = ()
     divisible: tuple[tuple[str, str], ...] = ()
+    ties: tuple[str, ...] = ("tie_word_embeddings",)
     ignored: tuple[str, ...] = ()
 
 
@@ -178,12 +202,16 @@ class Architecture(Spec):
     Attributes:
         architecture: Its name.
         about: One line for people.
-        model_types: The ``model_type`` values of the configs it reads.
+        library: Whose models they are.
+        model_types: The ``model_type`` values of the configs it reads; for timm, patterns of names of models.
         base: The prefix of the base model's names inside a model with a task head.
         classes: For each model class, the head layers it has.
         spaces: The spaces, in an order in which each only refers to config keys and earlier spaces.
         config: The config keys.
         tiny: A config of a model that tests can build at once. Sizes differ where an axis could be taken for another.
+        module: Where a module says each config key, for a library whose modules hold no config: a path of attributes
+            and numbers, or ``PATH / PATH``. A path may end in ``len``, in ``type`` (the class's name) or in ``given``
+            (whether it is not None).
         naming: Further naming schemes, each a table of replacements in the names (another version's module names).
         ignored_tensors: Patterns of tensors that are derived, such as position numbers; they are not carried over.
         stem, stacks, head: The layers, in the order of computation.
@@ -193,12 +221,14 @@ class Architecture(Spec):
 
     architecture: str
     about: str
+    library: Literal["transformers", "timm"] = "transformers"
     model_types: tuple[str, ...]
     base: str = ""
     classes: dict[str, ClassRule]
     spaces: dict[str, SpaceRule]
     config: ConfigRules
     tiny: dict[str, Any] = Field(default_factory=dict)
+    module: dict[str, str] = Field(default_factory=dict)
     naming: tuple[dict[str, str], ...] = ()
     ignored_tensors: tuple[str, ...] = ()
     stem: dict[str, LayerRule] = Field(default_factory=dict)
@@ -257,12 +287,15 @@ class Architecture(Spec):
         sizes: dict[str, int] = {}
         for name, rule in self.spaces.items():
             size = self._evaluate(rule.size, {**self._present(config), **sizes})
-            if not isinstance(size, (int, float)) or size != int(size) or size < 1:
-                raise InvalidModel(
-                    f"config.json: {name} = {rule.size} is {size}, expected a whole number of at least 1"
-                )
+            least = 0 if rule.kind == "fixed" else 1  # a model without labels has no head
+            if not isinstance(size, (int, float)) or size != int(size) or size < least:
+                raise self._bad_size(name, size)
             sizes[name] = int(size)
         return sizes
+
+    def _bad_size(self, name: str, size: Any) -> InvalidModel:
+        what = f"{name} = {self.spaces[name].size}"
+        return InvalidModel(f"config.json: {what} is {size}, expected a whole number of at least 1")
 
     def graph(
         self,
@@ -298,17 +331,27 @@ class Architecture(Spec):
         sizes = self.sizes(config)
         replacements = {} if naming == 0 else self.naming[naming - 1]
         build = _Builder(self, config, sizes, base, replacements=replacements, has_tensor=has_tensor)
-        head = {name: rule for name, rule in self.head.items() if name in self.classes[class_name].layers}
-        stem, head_layers = build.layers(self.stem), build.layers(head)
+        has, lacks = self.classes[class_name].layers, self.classes[class_name].lacks
+        stem = build.layers({name: rule for name, rule in self.stem.items() if name not in lacks})
+        head_layers = build.layers({name: rule for name, rule in self.head.items() if name in has})
         stacks = tuple(
-            Stack(name=name, depth=self._depth(config, rule), layers=build.layers(rule.layers, prefix=rule.prefix))
+            Stack(
+                name=name,
+                depth=self._depth(config, rule),
+                layers=build.layers(rule.layers, prefix=rule.prefix),
+                shared=rule.shared,
+                fixed=rule.fixed,
+            )
             for name, rule in self.stacks.items()
+            if name not in lacks
         )
         layers = [*stem, *(layer for stack in stacks for layer in stack.layers), *head_layers]
         used = {space for layer in layers for parameter in layer.parameters for space in parameter.parsed.spaces}
         used |= {
             name for name, rule in self.spaces.items() if rule.kind == "fixed" and name in self.config.grown.values()
         }
+        for name in (name for name in used if sizes.get(name) == 0):
+            raise self._bad_size(name, 0)
         norms = {layer.name for layer in (*stem, *head_layers) if layer.kind == "norm"}
         return LayerGraph(
             architecture=self.architecture,
@@ -318,11 +361,14 @@ class Architecture(Spec):
             stem=stem,
             stacks=stacks,
             head=head_layers,
-            inputs=self.inputs,
+            inputs=tuple(port for port in self.inputs if port.name not in lacks),
             outputs=tuple(
                 Port(name=port.name, space=port.space, through=port.through if port.through in norms else None)
                 for port in self.outputs
-                if port.space in used and port.bare == (class_name == self.base_class) and build.holds(port.when)
+                if port.space in used
+                and port.bare == (class_name == self.base_class)
+                and port.name not in lacks
+                and build.holds(port.when)
             ),
             attributes={
                 **build.resolve(self.attributes),
@@ -374,14 +420,14 @@ class Architecture(Spec):
         if self._unsaid(grown, known):  # keys the source left to their defaults, written only where they must be
             defaulted = [key for key in values if key in rules.defaults and config.get(key) is None]
             grown.update({key: values[key] for key in defaulted})
+        if untied:
+            grown.update(dict.fromkeys(rules.ties, False))
         self._refuse_unsayable(config, grown, known)
         layer_map = next(iter(layer_maps.values()))
         grown.update(self._by_layer(config, layer_map))
         if len(layer_map) != max(layer_map, default=-1) + 1:
             grown = {key: value for key, value in grown.items() if key not in rules.derived}
         grown.update(epsilons)
-        if untied:
-            grown["tie_word_embeddings"] = False
         return grown
 
     def _refuse_unsayable(self, config: Config, grown: Config, known: Mapping[str, int]) -> None:
@@ -404,7 +450,7 @@ class Architecture(Spec):
         if lost := self._conditional(config) - self._conditional(grown):
             raise InvalidTarget(
                 f"at these sizes a config of architecture '{self.architecture}' says a model without "
-                f"{', '.join(sorted(lost))}; choose others"
+                f"{', '.join(sorted(lost))}; choose others, or another method"
             )
 
     def _by_layer(self, config: Config, layer_map: Sequence[int]) -> dict[str, Any]:
@@ -458,7 +504,7 @@ class Architecture(Spec):
 
     def _depth(self, config: Config, rule: StackRule) -> int:
         key = next(key for key, expression in self.config.grown.items() if expression == rule.depth)
-        return int(self.value(config, key))
+        return int(self._evaluate(rule.size or key, self._present(config)))
 
     @staticmethod
     def _evaluate(expression: str, known: Mapping[str, Any]) -> Any:
@@ -559,8 +605,9 @@ class _Builder:
                         "neither a config key with a value nor a space"
                     )
                 return bool((left == right) == (sign == " == "))
-        key = condition.removeprefix("not ")
-        return bool(self.architecture.value(self.config, key)) != condition.startswith("not ")
+        expression, _, pattern = condition.removeprefix("not ").partition(" is ")
+        value = self.architecture._evaluate(expression, self.known)
+        return (fnmatch(str(value), pattern) if pattern else bool(value)) != condition.startswith("not ")
 
     def resolve(self, attributes: Mapping[str, Scalar]) -> dict[str, Scalar]:
         def value(raw: Scalar) -> Scalar:
@@ -610,9 +657,7 @@ class _Builder:
         )
 
     def parameter(self, slot: str, rule: ParameterRule, prefix: str) -> Parameter:
-        tie = self.architecture.config.defaults.get("tie_word_embeddings") is not None and bool(
-            self.architecture.value(self.config, "tie_word_embeddings")
-        )
+        tie = self.holds(" or ".join(self.architecture.config.ties))
         name = self.name(prefix + rule.name)
         tie = tie or (rule.optional and not self.has_tensor(name))
         tied_to = self.name(rule.tied_to) if rule.tied_to is not None and tie else None
@@ -671,16 +716,17 @@ def architectures() -> dict[str, Architecture]:
     return {architecture.architecture: architecture for architecture in sorted(found, key=lambda a: a.architecture)}
 
 
-def architecture_for(model_type: str | None) -> Architecture:
-    """The architecture that reads configs of ``model_type``.
+def architecture_for(model_type: str | None, library: str = "transformers") -> Architecture:
+    """The architecture that reads a library's configs of ``model_type``.
 
     Raises:
         UnsupportedModel: Naming the known ones, and how to add one.
     """
-    for architecture in architectures().values():
-        if model_type in architecture.model_types:
+    files = [architecture for architecture in architectures().values() if architecture.library == library]
+    for architecture in files:
+        if any(fnmatch(str(model_type), pattern) for pattern in architecture.model_types):
             return architecture
-    known = ", ".join(t for architecture in architectures().values() for t in architecture.model_types)
+    known = ", ".join(t for architecture in files for t in architecture.model_types)
     raise UnsupportedModel(
         f"the model type {model_type!r} is not known; known: {known}; an architecture is one data file, see "
         "docs/how-to/add-an-architecture.md"

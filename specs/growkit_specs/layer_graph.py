@@ -53,7 +53,8 @@ class Parameter(Spec):
     """One tensor of the model, or one tensor per layer of a stack.
 
     Attributes:
-        name: The tensor's name where the model came from; in a stack ``{layer}`` stands for the layer's number.
+        name: The tensor's name where the model came from; in a stack ``{layer}`` stands for the layer's number, unless
+            the layers share it.
         slot: The role it fills, in the field's terms: ``q_proj.weight``, ``down_proj.bias``, ``scale``.
         layout: How it is stored and which way it maps.
         dtype: The numpy name of its element type (``float32``, ``bfloat16``, ...).
@@ -142,11 +143,21 @@ class Layer(Spec):
 
 
 class Stack(Spec):
-    """A block of layers repeated ``depth`` times."""
+    """A block of layers repeated ``depth`` times.
+
+    Attributes:
+        name: Its name.
+        depth: How often its block runs.
+        layers: One block, in the order of computation.
+        fixed: Whether it keeps its depth when a target asks for more layers.
+        shared: Whether all repetitions are one block with one set of tensors, so that names hold no ``{layer}``.
+    """
 
     name: str
     depth: int = Field(ge=1)
     layers: tuple[Layer, ...]
+    fixed: bool = False
+    shared: bool = False
 
     def slots(self) -> Iterator[tuple[str, Parameter]]:
         """Every slot's key and parameter."""
@@ -181,7 +192,8 @@ class Tensor:
         parameter: The parameter it is an instance of.
         owner: The layer it belongs to.
         stack: The name of its stack; None in the stem and the head.
-        layer: Its layer's number in the stack; None in the stem and the head.
+        layer: Its layer's number in the stack, 0 where all layers share it; None in the stem and the head.
+        through: The :func:`norm_key` of the norm that its owner reads through, where it reads through one.
     """
 
     name: str
@@ -190,6 +202,7 @@ class Tensor:
     owner: Layer
     stack: str | None
     layer: int | None
+    through: str | None = None
 
     @property
     def key(self) -> str:
@@ -200,6 +213,11 @@ class Tensor:
     def count(self) -> int:
         """Its number of entries."""
         return prod(self.shape)
+
+
+def norm_key(stack: Stack | str | None, name: str | None) -> str:
+    """The name of a norm that no other norm of the model has: its stack and its layer's name."""
+    return f"{getattr(stack, 'name', stack) or ''}/{name}"
 
 
 class LayerGraph(Spec):
@@ -231,9 +249,10 @@ class LayerGraph(Spec):
                 parameter.parsed.shape(self.sizes)
                 if parameter.tied_to is not None and parameter.tied_to not in names:
                     raise ValueError(f"{parameter.name} is tied to '{parameter.tied_to}', which is not a parameter")
-                if (stack is not None) != ("{layer}" in parameter.name):
+                if (stack is not None and not stack.shared) != ("{layer}" in parameter.name):
                     raise ValueError(
-                        f"{parameter.name}: '{{layer}}' stands in the names of a stack's parameters, and only there"
+                        f"{parameter.name}: '{{layer}}' stands in the names of a stack's parameters, and only there; "
+                        "not where its layers share them"
                     )
             if layer.kind == "norm" and not layer.parameters:
                 raise ValueError(f"the norm '{layer.name}' has no parameter that says which space it is over")
@@ -270,11 +289,18 @@ class LayerGraph(Spec):
         yield from ((None, layer) for layer in self.head)
 
     def norm(self, name: str, stack: Stack | None) -> Layer:
-        """The norm layer called ``name``, as seen from inside ``stack`` (None: from the stem or the head)."""
-        layers = stack.layers if stack is not None else self.stem + self.head
-        for layer in layers:
-            if layer.name == name and layer.kind == "norm":
-                return layer
+        """The norm layer called ``name``, as seen from inside ``stack`` (None: from the stem or the head).
+
+        A stack sees its own norms first, then those outside of stacks: a decoder reads the encoder's stream through the
+        norm that stands after the encoder.
+        """
+        return self._norm(name, stack)[1]
+
+    def _norm(self, name: str, stack: Stack | None) -> tuple[Stack | None, Layer]:
+        for where, layers in ((stack, stack.layers if stack is not None else ()), (None, self.stem + self.head)):
+            for layer in layers:
+                if layer.name == name and layer.kind == "norm":
+                    return where, layer
         raise ValueError(f"no norm layer is called '{name}'")
 
     def norms_over(self, space: str) -> tuple[Layer, ...]:
@@ -300,24 +326,31 @@ class LayerGraph(Spec):
         ]
 
     def tensors(self, *, tied: bool = False) -> Iterator[Tensor]:
-        """Every tensor of the model, stacks layer by layer.
+        """Every tensor of the model, stacks layer by layer; what layers share once.
 
         Args:
             tied: Whether tied parameters, which have no tensor of their own, are yielded too.
         """
         for layers, stack, index in self._blocks():
             for owner in layers:
+                through = norm_key(self._norm(owner.through, stack)[0], owner.through) if owner.through else None
                 for parameter in owner.parameters:
                     if tied or parameter.tied_to is None:
                         name = parameter.name if index is None else parameter.name.replace("{layer}", str(index))
-                        yield Tensor(name, parameter.parsed.shape(self.sizes), parameter, owner, stack, index)
+                        shape, where = parameter.parsed.shape(self.sizes), stack.name if stack else None
+                        yield Tensor(name, shape, parameter, owner, where, index, through)
 
-    def _blocks(self) -> Iterator[tuple[tuple[Layer, ...], str | None, int | None]]:
+    def _blocks(self) -> Iterator[tuple[tuple[Layer, ...], Stack | None, int | None]]:
         yield self.stem, None, None
         for stack in self.stacks:
-            for index in range(stack.depth):
-                yield stack.layers, stack.name, index
+            for index in range(1 if stack.shared else stack.depth):
+                yield stack.layers, stack, index
         yield self.head, None, None
+
+    def layers_of(self, tensor: Tensor) -> tuple[int | None, ...]:
+        """The numbers of the layers that use ``tensor``: its own, or every one of a stack whose layers share it."""
+        shared = next((stack for stack in self.stacks if stack.name == tensor.stack and stack.shared), None)
+        return tuple(range(shared.depth)) if shared else (tensor.layer,)
 
     @cached_property
     def parameter_count(self) -> int:

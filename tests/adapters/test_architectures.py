@@ -1,6 +1,9 @@
-"""Every architecture file and every class it lists: read, planned, grown, written, loaded by transformers, the same."""
+"""Every architecture file and every class it lists: read, planned, grown, written, loaded by its library, the same."""
 
+import inspect
 import json
+import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,13 +15,17 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import growkit
+from growkit.adapters import read_graph
 from growkit_specs import Architecture, InvalidTarget, LayerGraph, UnsupportedModel
 from growkit_specs.architecture import architectures
-from tests.adapters.tiny_models import directory, tiny
+from growkit_torch.libraries import described
+from growkit_torch.testing import randomised
+from tests.adapters.timm_models import import_timm
+from tests.adapters.tiny_models import directory, hidden_and_layers, library_class, library_defaults, loaded, tiny
 
 FILES = list(architectures())
 CLASSES = [(name, class_name) for name, file in architectures().items() for class_name in file.classes]
-POST_NORM = ("bert", "distilbert", "roberta")  # no depth and no broken ratio keeps the function
+POST_NORM = ("albert", "bert", "distilbert", "roberta")  # no depth and no broken ratio keeps the function
 UNCHANGED_BY = 1e-5  # of the largest entry: transformers' RMSNorms and softmax compute in float32
 
 every_file = pytest.mark.parametrize("name", FILES)
@@ -64,20 +71,28 @@ def assert_same_tensors(a: dict[Any, np.ndarray], b: dict[Any, np.ndarray]) -> N
 
 def plain_inputs(module: Any) -> dict[str, torch.Tensor]:
     """Two images, or two sequences of which one is padded."""
-    draw, config = torch.Generator().manual_seed(1), module.config
+    draw, config = torch.Generator().manual_seed(1), getattr(module, "config", None)
+    if config is None:
+        return {"x": torch.randn(2, module.in_chans, 12, 12, generator=draw, dtype=torch.float64)}
     if module.main_input_name == "pixel_values":
         return {"pixel_values": torch.randn(2, config.num_channels, 12, 12, generator=draw, dtype=torch.float64)}
     ids = torch.randint(2, config.vocab_size, (2, 12), generator=draw)
     mask = torch.ones_like(ids)
     mask[1, 9:] = 0
     types = {"token_type_ids": ids % 2} if hasattr(config, "type_vocab_size") else {}
-    return {"input_ids": ids, "attention_mask": mask, **types}
+    decoded = (
+        {"decoder_input_ids": ids.flip(0)}
+        if "decoder_input_ids" in inspect.signature(module.forward).parameters
+        else {}
+    )
+    return {"input_ids": ids, "attention_mask": mask, **types, **decoded}
 
 
 def outputs(module: Any, **inputs: torch.Tensor) -> dict[str, np.ndarray]:
-    """What transformers itself computes, in float64."""
+    """What the library itself computes, in float64."""
     with torch.no_grad():
         found = module.double()(**inputs)
+    found = {"output": found} if torch.is_tensor(found) else found
     return {name: value.numpy() for name, value in found.items() if torch.is_tensor(value)}
 
 
@@ -106,10 +121,11 @@ def test_every_file_has_a_tiny_model() -> None:
 
 
 @every_class
-def test_transformers_has_the_class(name: str, class_name: str) -> None:
-    cls = getattr(transformers, class_name)
-    assert issubclass(cls, transformers.PreTrainedModel)
-    assert cls.config_class.model_type in architectures()[name].model_types
+def test_the_library_has_the_class(name: str, class_name: str) -> None:
+    file = architectures()[name]
+    cls = library_class(file, class_name)
+    assert issubclass(cls, torch.nn.Module)
+    assert file.library == "timm" or cls.config_class.model_type in file.model_types
 
 
 @every_class
@@ -122,9 +138,9 @@ def test_nothing_changes_where_nothing_grows(name: str, class_name: str, tmp_pat
     grown = written(source, out)
 
     assert config_of(out) == config_of(path)
-    loaded = type(module).from_pretrained(out).state_dict()
-    assert loaded.keys() == module.state_dict().keys()
-    assert all(torch.equal(loaded[key], tensor) for key, tensor in module.state_dict().items())
+    state = loaded(module, out).state_dict()
+    assert state.keys() == module.state_dict().keys()
+    assert all(torch.equal(state[key], tensor) for key, tensor in module.state_dict().items())
     assert growkit.verify(source, grown).max_abs_diff == 0
 
 
@@ -139,31 +155,31 @@ def test_a_directory_grows_exactly(name: str, class_name: str, tmp_path: Path) -
     grown = written(source, out, **sizes)
 
     assert growkit.verify(source, grown).preserved
-    loaded = type(module).from_pretrained(out)
-    assert loaded.config.hidden_size == sizes["hidden"]
-    assert loaded.config.num_hidden_layers == sizes.get("layers", 2)
-    assert_computes_the_same(module, loaded, grown)
+    larger = loaded(module, out)
+    assert hidden_and_layers(larger) == (sizes["hidden"], sizes.get("layers", 2))
+    assert_computes_the_same(module, larger, grown)
 
 
 @every_class
 def test_a_module_grows_exactly(name: str, class_name: str) -> None:
     module = tiny(name, class_name)
     before = {key: tensor.clone() for key, tensor in module.state_dict().items()}
-    config = module.config.to_dict()
+    config = str(getattr(module, "config", None))
 
     grown = growkit.grow(growkit.read(module), **exact_growth(name))
     larger = grown.to_torch()
 
     assert type(larger) is type(module)
-    assert larger.config.hidden_size == exact_growth(name)["hidden"]
-    assert module.config.to_dict() == config
+    assert hidden_and_layers(larger)[0] == exact_growth(name)["hidden"]
+    assert str(getattr(module, "config", None)) == config
     assert all(torch.equal(before[key], tensor) for key, tensor in module.state_dict().items())
     assert_computes_the_same(module, larger, grown)
 
 
 @pytest.mark.parametrize(("name", "class_name"), [case for case in CLASSES if case[0] in POST_NORM])
 @pytest.mark.parametrize(
-    ("sizes", "because"), [({"hidden": 48, "layers": 4}, "identity blocks"), ({"hidden": 36}, "LayerNorm over hidden")]
+    ("sizes", "because"),
+    [({"hidden": 48, "layers": 4}, r"layers: (identity blocks|depth)"), ({"hidden": 36}, "LayerNorm over hidden")],
 )
 def test_post_norm_is_told_inexact_and_grows(
     name: str, class_name: str, sizes: dict[str, int], because: str, tmp_path: Path
@@ -171,7 +187,7 @@ def test_post_norm_is_told_inexact_and_grows(
     source = growkit.read(tiny(name, class_name))
     plan = growkit.plan(source, **sizes)
     assert not plan.preserving
-    assert any(because in reason.condition for reason in plan.verdict.broken)
+    assert any(re.fullmatch(because, reason.condition) for reason in plan.verdict.broken)
 
     grown = written(source, tmp_path / "grown", **sizes)
 
@@ -182,12 +198,12 @@ def test_post_norm_is_told_inexact_and_grows(
 @every_file
 def test_a_config_that_omits_a_key_means_the_default(name: str) -> None:
     file = architectures()[name]
-    config = getattr(transformers, file.base_class).config_class()
+    config = library_defaults(file)
     named = {key: value for key, value in file.config.defaults.items() if value is not None}
     assert {key: getattr(config, key) for key in named if hasattr(config, key)} == {
         key: value for key, value in named.items() if hasattr(config, key)
     }
-    assert file.sizes({}) == file.sizes(config.to_dict())
+    assert file.sizes({}) == file.sizes(config.to_dict() if hasattr(config, "to_dict") else vars(config))
     for key, values in file.config.supported.items():
         value = getattr(config, key, values[0])
         assert set(value if key in file.config.per_layer and value else [value]) <= set(values)
@@ -196,7 +212,10 @@ def test_a_config_that_omits_a_key_means_the_default(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "class_name", "config", "parameters"),
     [
+        ("albert", "AlbertModel",
+         {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}, 11_683_584),  # base
         ("bert", "BertModel", {}, 109_482_240),  # bert-base-uncased
+        ("cait", "Cait", {"img_size": 224, "embed_dim": 192, "depth": 24, "num_heads": 4}, 11_956_264),  # XXS24
         ("deit", "DeiTForImageClassificationWithTeacher", {"num_labels": 1000}, 87_338_192),  # base, distilled
         ("dinov2", "Dinov2Model", {"image_size": 518}, 86_580_480),  # base
         ("distilbert", "DistilBertModel", {}, 66_362_880),  # base, uncased
@@ -223,6 +242,7 @@ def test_a_config_that_omits_a_key_means_the_default(name: str) -> None:
          {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
           "num_key_value_heads": 8, "tie_word_embeddings": True}, 596_049_920),  # 0.6B
         ("roberta", "RobertaModel", {"max_position_embeddings": 514, "type_vocab_size": 1}, 124_645_632),  # base
+        ("t5", "T5ForConditionalGeneration", {}, 60_506_624),  # small
         ("vit", "ViTForImageClassification", {"num_labels": 1000}, 86_567_656),  # base, patches of 16
     ],
 )  # fmt: skip
@@ -267,8 +287,9 @@ def test_every_naming_scheme_reads(name: str, naming: int, tmp_path: Path) -> No
     for class_name in file.classes:
         path = directory(tmp_path, tiny(name, class_name), class_name)
         expected = by_slot(path)
-        names = names_under(file, config_of(path), class_name)
-        others = names_under(file, config_of(path), class_name, naming=naming)
+        config = described(config_of(path)).config
+        names = names_under(file, config, class_name)
+        others = names_under(file, config, class_name, naming=naming)
         rename_tensors(path, {names[slot]: others[slot] for slot in names})
         assert_same_tensors(by_slot(path), expected)
 
@@ -278,8 +299,9 @@ def test_a_checkpoint_reads_with_and_without_the_base_prefix(name: str, class_na
     file = architectures()[name]
     path = directory(tmp_path, tiny(name, class_name))
     expected = by_slot(path)
-    names = names_under(file, config_of(path), class_name)
-    others = names_under(file, config_of(path), class_name, base="" if file.base_of(class_name) else file.base)
+    config = described(config_of(path)).config
+    names = names_under(file, config, class_name)
+    others = names_under(file, config, class_name, base="" if file.base_of(class_name) else file.base)
     rename_tensors(path, {names[slot]: others[slot] for slot in names})
     assert_same_tensors(by_slot(path), expected)
 
@@ -359,7 +381,12 @@ def test_windows_that_a_threshold_says_follow_the_depth(tmp_path: Path) -> None:
     assert loaded.config.layer_types == ["full_attention"] * 2 + ["sliding_attention"] * 2
 
 
-TIED = [("bert", "BertForMaskedLM"), ("roberta", "RobertaForMaskedLM"), ("distilbert", "DistilBertForMaskedLM")]
+TIED = [
+    ("albert", "AlbertForMaskedLM"),
+    ("bert", "BertForMaskedLM"),
+    ("roberta", "RobertaForMaskedLM"),
+    ("distilbert", "DistilBertForMaskedLM"),
+]
 TIED += [("gpt2", "GPT2LMHeadModel"), ("llama", "LlamaForCausalLM"), ("mistral", "MistralForCausalLM")]
 TIED += [("gemma", "GemmaForCausalLM"), ("gemma2", "Gemma2ForCausalLM"), ("gemma3", "Gemma3ForCausalLM")]
 TIED += [("gpt_neox", "GPTNeoXForCausalLM"), ("opt", "OPTForCausalLM"), ("phi3", "Phi3ForCausalLM")]
@@ -456,6 +483,8 @@ def test_rotary_factors_that_are_listed_keep_head_dim() -> None:
         ("opt", "OPTForSequenceClassification", {"word_embed_proj_dim": 16, "enable_bias": False}),
         ("opt", "OPTModel", {"word_embed_proj_dim": 16}),
         ("phi3", "Phi3ForCausalLM", {"rope_scaling": LONGROPE, "original_max_position_embeddings": 10}),
+        ("t5", "T5ForConditionalGeneration", {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+        ("t5", "T5EncoderModel", {"feed_forward_proj": "gated-silu"}),
     ],
 )
 def test_variants_grow_exactly(name: str, class_name: str, config: dict[str, Any], tmp_path: Path) -> None:
@@ -488,7 +517,7 @@ def test_sizes_at_which_a_layer_would_vanish_are_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        *((name, {"add_pooling_layer": False}) for name in ("bert", "roberta", "vit", "deit")),
+        *((name, {"add_pooling_layer": False}) for name in ("albert", "bert", "roberta", "vit", "deit")),
         *((name, {"use_mask_token": True}) for name in ("vit", "deit")),
     ],
 )
@@ -516,6 +545,199 @@ def test_positions_of_roberta_start_after_the_padding_token(pad: int) -> None:
     assert growkit.verify(source, growkit.grow(source, hidden=48, positions=30)).preserved
 
 
+# --- two stacks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_a_head_of_its_own_beside_a_decoder_that_is_scaled_or_not(scaled: bool, tmp_path: Path) -> None:
+    """T5 v1.1 has one; transformers 5 says of it that it is tied, and that the decoder's output is not scaled."""
+    module = tiny("t5", "T5ForConditionalGeneration", tie_word_embeddings=scaled)
+    if not scaled:
+        module.lm_head.weight = torch.nn.Parameter(module.lm_head.weight.flip(0).clone())
+    path, out = directory(tmp_path, module), tmp_path / "grown"
+    source = growkit.read(path)
+    assert len({"shared.weight", "lm_head.weight"} & source.weights.keys()) == (1 if scaled else 2)
+
+    grown = written(source, out, hidden=36, layers=4)
+
+    loaded = type(module).from_pretrained(out)
+    assert (loaded.lm_head.weight is loaded.shared.weight) is scaled
+    assert_computes_the_same(module, loaded, grown)
+    in_memory = growkit.grow(growkit.read(module), hidden=36, layers=4)
+    assert_computes_the_same(module, in_memory.to_torch(), in_memory)
+
+
+def test_a_decoder_that_is_scaled_only_while_its_head_is_tied_is_not_untied() -> None:
+    source = growkit.read(tiny("t5", "T5ForConditionalGeneration"))
+    assert growkit.plan(source, hidden=48, method="net2net").preserving
+    with pytest.raises(InvalidTarget, match="says a model without scaled_lm_head; choose others, or another method"):
+        growkit.plan(source, hidden=36, method="net2net")
+
+
+@pytest.mark.parametrize(("decoder_layers", "grown_layers"), [(3, 6), (None, 4)])
+def test_both_stacks_deepen_in_ratio(decoder_layers: int | None, grown_layers: int, tmp_path: Path) -> None:
+    path, out = directory(tmp_path, tiny("t5", num_decoder_layers=decoder_layers)), tmp_path / "grown"
+    edit_config(path, num_decoder_layers=decoder_layers)
+    grown = written(growkit.read(path), out, layers="2x")
+    assert grown.graph.depths == {"encoder": 4, "decoder": grown_layers}
+    assert config_of(out)["num_decoder_layers"] == (decoder_layers and grown_layers)
+    assert transformers.AutoModel.from_pretrained(out).config.num_decoder_layers == grown_layers
+
+
+def test_stacks_that_cannot_keep_their_ratio_are_refused() -> None:
+    with pytest.raises(InvalidTarget, match=r"layers: decoder would have 4\.5 layers, expected a whole number"):
+        growkit.plan(growkit.read(tiny("t5")), layers=3)
+
+
+def test_positions_that_a_stack_computes_once_stay_in_its_first_block(tmp_path: Path) -> None:
+    path, out = directory(tmp_path, tiny("t5")), tmp_path / "grown"
+    written(growkit.read(path), out, layers=4, heads=6)
+    biases = {n: t for n, t in load_file(out / "model.safetensors").items() if "relative_attention_bias" in n}
+    assert biases.keys() == {
+        f"{s}.block.0.layer.0.SelfAttention.relative_attention_bias.weight" for s in ("encoder", "decoder")
+    }
+    before = load_file(path / "model.safetensors")
+    assert all(torch.equal(bias[:, :4], before[name]) for name, bias in biases.items())
+
+
+def test_tensors_that_old_t5_checkpoints_repeat_are_left_behind(tmp_path: Path) -> None:
+    path, out = directory(tmp_path, tiny("t5")), tmp_path / "grown"
+    state = load_file(path / "model.safetensors")
+    repeated = {f"{stack}.embed_tokens.weight": state["shared.weight"].clone() for stack in ("encoder", "decoder")}
+    cross = {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight": torch.ones(8, 4)}
+    save_file({**state, **repeated, **cross}, path / "model.safetensors", metadata={"format": "pt"})
+    source = growkit.read(path)
+    assert growkit.verify(source, written(source, out, hidden=36)).preserved
+    assert load_file(out / "model.safetensors").keys() == state.keys()
+
+
+# --- one block that all layers share ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["lossless", "stack", "interpolate"])
+def test_layers_that_share_a_block_only_run_it_more_often(method: str, tmp_path: Path) -> None:
+    path, out = directory(tmp_path, tiny("albert")), tmp_path / "grown"
+    source = growkit.read(path)
+    plan = growkit.plan(source, layers=5, method=f"width=lossless,depth={method}")
+    assert [(r.condition, r.detail) for r in plan.verdict.broken] == [
+        ("layers: depth", "2 to 5 layers: they are one block, which runs more often")
+    ]
+
+    growkit.write(growkit.grow(source, plan), out)
+
+    before, after = (load_file(folder / "model.safetensors") for folder in (path, out))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert transformers.AutoModel.from_pretrained(out).config.num_hidden_layers == 5
+    assert plan.target.parameter_count == plan.source.parameter_count
+    costs = plan.to_json()
+    once = costs["target"]["flops_per_token"] - costs["source"]["flops_per_token"]
+    assert once == 3 * 2 * (4 * 24 * 24 + 2 * 24 * 40)
+
+
+def test_a_factorised_embedding_keeps_its_size(tmp_path: Path) -> None:
+    grown = written(growkit.read(tiny("albert", "AlbertForMaskedLM")), tmp_path / "grown", hidden=48)
+    assert config_of(tmp_path / "grown")["embedding_size"] == grown.graph.sizes["embedding"] == 10
+    assert growkit.plan(growkit.read(tmp_path / "grown")).preserving
+
+
+def test_the_pooler_that_published_alberts_hold_is_left_behind(tmp_path: Path) -> None:
+    path, out = directory(tmp_path, tiny("albert", "AlbertForMaskedLM")), tmp_path / "grown"
+    state = load_file(path / "model.safetensors")
+    pooler = {"albert.pooler.weight": torch.ones(24, 24), "albert.pooler.bias": torch.ones(24)}
+    save_file({**state, **pooler}, path / "model.safetensors", metadata={"format": "pt"})
+    source = growkit.read(path)
+    assert growkit.verify(source, written(source, out, hidden=48)).preserved
+    assert load_file(out / "model.safetensors").keys() == state.keys()
+
+
+# --- timm -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["lossless", "net2net"])
+@pytest.mark.parametrize(
+    "sizes", [{"hidden": 36}, {"hidden": 48}, {"hidden": 48, "heads": 4}, {"hidden": 48, "heads": 6}]
+)
+def test_talking_heads_talk_the_same(method: str, sizes: dict[str, int]) -> None:
+    """In float64, exactly where the verdict says so: heads that are added, copied, and wider."""
+    source = growkit.read(tiny("cait").double())
+    plan = growkit.plan(source, method=method, **sizes)
+    assert plan.preserving == (method == "lossless" or sizes["hidden"] == 48)
+    report = growkit.verify(source, growkit.grow(source, plan))
+    assert report.preserved == plan.preserving
+    assert report.rtol == 1e-10
+
+
+@pytest.mark.parametrize("config", [{"qkv_bias": False}, {"num_classes": 0}, {"global_pool": "avg"}])
+def test_timms_variants_grow_exactly(config: dict[str, Any], tmp_path: Path) -> None:
+    module = tiny("cait", **config)
+    source = growkit.read(directory(tmp_path, module))
+    grown = written(source, tmp_path / "grown", hidden=36, layers=4)
+    assert growkit.verify(source, grown).preserved
+    assert_computes_the_same(module, loaded(module, tmp_path / "grown"), grown)
+
+
+def test_layers_of_the_class_token_stay() -> None:
+    """Every published CaiT has two, whatever the depth of its patches is."""
+    plan = growkit.plan(growkit.read(tiny("cait")), layers=3)
+    assert plan.target.depths == {"blocks": 3, "blocks_token_only": 1}
+    assert plan.preserving
+
+
+def test_a_module_that_timm_did_not_name_is_written(tmp_path: Path) -> None:
+    cait = import_timm().models.Cait
+    module = randomised(cait(**architectures()["cait"].tiny)).eval()
+    grown = growkit.grow(growkit.read(module), hidden=36)
+    growkit.write(grown, tmp_path / "grown")
+    assert_computes_the_same(module, loaded(module, tmp_path / "grown"), grown)
+    cait(**config_of(tmp_path / "grown")["model_args"]).load_state_dict(load_file(tmp_path / "grown/model.safetensors"))
+
+
+def test_a_name_of_timms_says_what_the_arguments_leave_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"architecture": "cait_xxs24_224", "num_classes": 10, "global_pool": "token"}
+    config["pretrained_cfg"] = {"input_size": [3, 224, 224], "fixed_input_size": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    import_timm()
+    graph = read_graph(tmp_path)
+    assert (graph.sizes["hidden"], graph.sizes["heads"], graph.sizes["labels"]) == (192, 4, 10)
+    assert graph.depths == {"blocks": 24, "blocks_token_only": 2}
+
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(
+        UnsupportedModel, match=r"model_args does not hold embed_dim, .* 'cait_xxs24_224'; timm cannot be"
+    ):
+        read_graph(tmp_path)
+
+
+def test_what_growkit_wrote_is_read_without_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(growkit.read(tiny("cait")), tmp_path / "grown", hidden=36)
+    monkeypatch.setitem(sys.modules, "timm", None)
+    grown = growkit.read(tmp_path / "grown")
+    growkit.write(growkit.grow(grown, hidden=72), tmp_path / "again")
+    assert growkit.read(tmp_path / "again").graph.sizes["hidden"] == 72
+    assert config_of(tmp_path / "again")["num_features"] == 72
+    with pytest.raises(UnsupportedModel, match=r"takes timm to run this model; .* install growkit\[timm\]"):
+        grown.to_torch()
+
+
+def test_timms_modules_that_no_file_knows_are_refused() -> None:
+    module = import_timm().create_model("resnet10t")
+    with pytest.raises(UnsupportedModel, match="the class 'ResNet' of timm is not known; known: Cait;"):
+        growkit.read(module)
+    with pytest.raises(UnsupportedModel, match="the module Linear is of none of the libraries timm, transformers"):
+        growkit.read(torch.nn.Linear(2, 3))
+
+
+def test_facts_that_no_argument_says_are_checked() -> None:
+    module = tiny("cait")
+    module.norm.eps = 1e-3
+    with pytest.raises(UnsupportedModel, match=r"epsilon is 0\.001; architecture 'cait' supports 1e-06"):
+        growkit.read(module)
+    del module.patch_embed.img_size
+    with pytest.raises(UnsupportedModel, match=r"Cait: nothing is at patch_embed\.img_size"):
+        growkit.read(module)
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -524,6 +746,8 @@ def test_positions_of_roberta_start_after_the_padding_token(pad: int) -> None:
     [
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights is False; .* supports True"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx is True; .* supports False"),
+        ("albert", {"num_hidden_groups": 2}, "num_hidden_groups is 2; architecture 'albert' supports 1"),
+        ("albert", {"inner_group_num": 2}, "inner_group_num is 2; architecture 'albert' supports 1"),
         ("dinov2", {"use_swiglu_ffn": True}, "use_swiglu_ffn is True; .* supports False"),
         ("vit", {"image_size": [12, 12]}, r"'image_size // patch_size' is computed from \[12, 12\] and 4"),
     ],

@@ -10,11 +10,12 @@ import pytest
 
 import growkit
 from growkit.matrices import Dense, Identity, Matrix, MeanFill, Scaled, Selection, pad
-from growkit.operator import Expansion, GrowthOperator, norm_key, unchanged
+from growkit.operator import Expansion, GrowthOperator, unchanged
 from growkit.testing import memory_model, reference_forward, transformer
 from growkit.verdict import Reason, Verdict, verdict
 from growkit.verify import generated_inputs
 from growkit_specs import Layer, LayerGraph, Parameter, Port
+from growkit_specs.layer_graph import norm_key
 
 EXACT, DIFFERENT = 1e-10, 1e-6
 SPACES = {"heads": 2, "head_dim": 2, "hidden": 6, "ffn": 3}

@@ -29,7 +29,7 @@ def requirements(*extras: str) -> set[str]:
 LAYERS = {
     "specs/growkit_specs": {"pydantic", "pydantic_core", "annotated_types", "typing_extensions", "yaml"},
     "growkit": requirements() | {"growkit_specs"},
-    "adapters/growkit_torch": requirements("torch") | {"growkit", "growkit_specs"},
+    "adapters/growkit_torch": requirements("torch", "timm") | {"growkit", "growkit_specs"},
     "adapters/growkit_onnx": requirements("onnx") | {"growkit", "growkit_specs"},
 }
 # What is for tests, and public, needs a test library.

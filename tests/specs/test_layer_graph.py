@@ -60,6 +60,31 @@ def test_nothing_can_be_changed_in_place(graph: LayerGraph) -> None:
         graph.spaces[0].size = 1000
 
 
+@pytest.mark.parametrize(
+    ("final_norm", "seen"), [("final_norm", "/final_norm"), ("attention_norm", "stack0/attention_norm")]
+)
+def test_a_stack_reads_through_its_own_norm_or_one_outside(final_norm: str, seen: str) -> None:
+    """A decoder reads the encoder's stream through the norm that stands between the stacks."""
+    data = transformer(final_norm=final_norm).model_dump()
+    changed("stacks.0.layers.1.through", final_norm)(data)
+    graph = LayerGraph.model_validate(data)
+    assert {t.through for t in graph.tensors() if t.owner.name == "attention"} == {seen}
+
+
+def test_layers_that_share_a_block_have_its_tensors_once() -> None:
+    data = transformer(depths=(3,)).model_dump()
+    for parameter in (p for layer in data["stacks"][0]["layers"] for p in layer["parameters"]):
+        parameter["name"] = parameter["name"].replace("{layer}", "all")
+    with pytest.raises(ValidationError, match="stands in the names of a stack's parameters, and only there; not where"):
+        LayerGraph.model_validate(data)
+    changed("stacks.0.shared", True)(data)
+    graph = LayerGraph.model_validate(data)
+    inside = [tensor for tensor in graph.tensors() if tensor.stack]
+    assert len(inside) == len({tensor.name for tensor in inside}) == len({tensor.key for tensor in inside})
+    assert {graph.layers_of(tensor) for tensor in inside} == {(0, 1, 2)}
+    assert graph.resized({}, {"stack0": 5}).depths == {"stack0": 5}
+
+
 Change = Callable[[dict[str, Any]], None]
 
 
@@ -86,7 +111,7 @@ REFUSED: list[tuple[Change, str]] = [
     (changed("stacks.0.layers.0.parameters.0.name", "norm.scale"), "'{layer}' stands in the names of a stack's"),
     (changed("head.1.parameters.1.name", "{layer}.bias"), "'{layer}' stands in the names of a stack's"),
     (changed("head.1.through", "mlp_norm"), "no norm layer is called 'mlp_norm'"),
-    (changed("stacks.0.layers.1.through", "final_norm"), "no norm layer is called 'final_norm'"),
+    (changed("stacks.0.layers.1.through", "last_norm"), "no norm layer is called 'last_norm'"),
     (changed("stacks.0.layers.1.through", "mlp"), "no norm layer is called 'mlp'"),
     (changed("stacks.0.layers.1.added_through", "mlp"), "no norm layer is called 'mlp'"),
     (

@@ -92,6 +92,29 @@ PUBLISHED = {
         | {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-05, "summary_type": "cls_index"}
         | {"vocab_size": 50257},
     ),
+    "t5-small": (
+        "T5ForConditionalGeneration",
+        60_506_624,
+        {"model_type": "t5", "d_ff": 2048, "d_kv": 64, "d_model": 512, "num_heads": 8, "num_layers": 6}
+        | {"decoder_start_token_id": 0, "initializer_factor": 1.0, "layer_norm_epsilon": 1e-06, "n_positions": 512}
+        | {"output_past": True, "relative_attention_num_buckets": 32, "vocab_size": 32128},
+    ),
+    "flan-t5-base": (
+        "T5ForConditionalGeneration",
+        247_577_856,
+        {"model_type": "t5", "d_ff": 2048, "d_kv": 64, "d_model": 768, "num_heads": 12, "num_layers": 12}
+        | {"num_decoder_layers": 12, "feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_new"}
+        | {"is_gated_act": True, "relative_attention_max_distance": 128, "tie_word_embeddings": False}
+        | {"n_positions": 512, "output_past": True, "vocab_size": 32128, "task_specific_params": {}},
+    ),
+    "albert-base-v2": (
+        "AlbertModel",
+        11_683_584,
+        BERT_STYLE
+        | {"model_type": "albert", "hidden_act": "gelu_new", "embedding_size": 128, "vocab_size": 30000}
+        | {"num_hidden_groups": 1, "inner_group_num": 1, "net_structure_type": 0, "num_memory_blocks": 0}
+        | {"down_scale_factor": 1, "gap_size": 0, "max_position_embeddings": 512, "type_vocab_size": 2},
+    ),
     "dinov2-base": (
         "Dinov2Model",
         86_580_480,
