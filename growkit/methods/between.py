@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from math import sqrt
 from zlib import crc32
 
 import numpy as np
@@ -118,18 +119,13 @@ def transported(own: np.ndarray, other: np.ndarray, sharpness: float = 50.0, rou
         The plan times ``n``, so that each row sums to 1: an average of rows of ``other``.
     """
     a, b = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (own, other))
-    log_plan = sharpness * (a @ b.T - 1)
+    K = np.exp(sharpness * (a @ b.T - 1))
+    v = np.ones(len(K))
     for _ in range(rounds):
-        for axis in (0, 1):
-            log_plan = log_plan - _log_sum(log_plan, axis)
-    plan: np.ndarray = np.exp(log_plan)
-    return plan
-
-
-def _log_sum(x: np.ndarray, axis: int) -> np.ndarray:
-    top = x.max(axis=axis, keepdims=True)
-    total: np.ndarray = top + np.log(np.exp(x - top).sum(axis=axis, keepdims=True))
-    return total
+        u = 1 / (K @ v)
+        v = 1 / (K.T @ u)
+    plan: np.ndarray = u[:, None] * K * v
+    return plan / plan.sum(axis=1, keepdims=True)
 
 
 OPT_DEUS = register(
@@ -187,7 +183,7 @@ def _in_layer(source: Callable[[Tensor, str, int | None], Array], tensor: Tensor
 
 
 def predicted_between(
-    W: np.ndarray, pairs: list[tuple[int, int]], *, seed: list[int], width: int = 256, steps: int = 400
+    W: np.ndarray, pairs: list[tuple[int, int]], *, seed: list[int], width: int = 256, steps: int = 200
 ) -> list[np.ndarray]:
     """Matrices that would stand between two layers, as a small network predicts them.
 
@@ -204,26 +200,31 @@ def predicted_between(
     Returns:
         One matrix, ``(out, in)``, for each pair.
     """
-    gram = np.einsum("loi,lpi->op", W, W)
-    squares, U = np.linalg.eigh(gram)
+    side_by_side = np.moveaxis(W, 0, 1).reshape(W.shape[1], -1)
+    squares, U = np.linalg.eigh(side_by_side @ side_by_side.T)
     kept = squares > squares.max(initial=0) * 1e-12
     U, S = U[:, kept], np.sqrt(squares[kept])
-    V = np.einsum("or,loi->lir", U, W) / S * np.sqrt(W.shape[0] * W.shape[2])  # (L, in, r), of unit mean square
+    V = W.mT @ (U / S * np.sqrt(side_by_side.shape[1]))  # (L, in, r), of unit mean square
     inputs = np.concatenate([V[:-2], V[2:]], axis=-1).reshape(-1, 2 * V.shape[-1])
     network = _Network(inputs, V[1:-1].reshape(-1, V.shape[-1]), width, steps, np.random.default_rng(seed))
-    scale = U * S / np.sqrt(W.shape[0] * W.shape[2])
+    scale = U * S / np.sqrt(side_by_side.shape[1])
     return [scale @ network(np.concatenate([V[a], V[b]], axis=-1)).T for a, b in pairs]
 
 
 class _Network:
-    """``x -> W2 relu(W1 x + b1) + b2``, fitted by Adam on the mean square error."""
+    """``x -> mean + W2 relu(W1 x + b1) + b2``, fitted by Adam on the mean square error.
+
+    ``mean`` is that of the two halves of ``x``, and ``W2`` starts at zero: what is not learned stays their mean.
+    """
 
     def __init__(self, x: np.ndarray, y: np.ndarray, width: int, steps: int, rng: np.random.Generator) -> None:
-        shapes = ((x.shape[1], width), (1, width), (width, y.shape[1]), (1, y.shape[1]))
-        self.parameters = [rng.standard_normal(s) * np.sqrt(2 / s[0]) if s[0] > 1 else np.zeros(s) for s in shapes]
-        moments = [(np.zeros(s), np.zeros(s)) for s in shapes]
+        x, y = x.astype(np.float32), y.astype(np.float32)
+        W1 = rng.standard_normal((x.shape[1], width), np.float32) * sqrt(2 / x.shape[1])
+        zeros = ((1, width), (width, y.shape[1]), (1, y.shape[1]))
+        self.parameters = [W1, *(np.zeros(shape, np.float32) for shape in zeros)]
+        moments = [(np.zeros_like(p), np.zeros_like(p)) for p in self.parameters]
         for step in range(1, steps + 1):
-            batch = rng.integers(0, len(x), min(len(x), 1024))
+            batch = rng.integers(0, len(x), min(len(x), 256))
             for p, (m, v), g in zip(self.parameters, moments, self.gradients(x[batch], y[batch]), strict=True):
                 m += 0.1 * (g - m)
                 v += 0.001 * (g * g - v)
@@ -231,13 +232,14 @@ class _Network:
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         W1, b1, W2, b2 = self.parameters
-        y: np.ndarray = np.maximum(x @ W1 + b1, 0) @ W2 + b2
+        below, above = np.split(x, 2, axis=-1)
+        y: np.ndarray = (below + above) / 2 + np.maximum(x @ W1 + b1, 0) @ W2 + b2
         return y
 
     def gradients(self, x: np.ndarray, y: np.ndarray) -> list[np.ndarray]:
-        W1, b1, W2, b2 = self.parameters
+        W1, b1, W2, _ = self.parameters
         h = np.maximum(x @ W1 + b1, 0)
-        d_y = 2 * (h @ W2 + b2 - y) / y.size
+        d_y = 2 * (self(x) - y) / y.size
         d_h = (d_y @ W2.T) * (h > 0)
         return [x.T @ d_h, d_h.sum(0, keepdims=True), h.T @ d_y, d_y.sum(0, keepdims=True)]
 
