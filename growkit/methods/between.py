@@ -124,8 +124,9 @@ def transported(own: np.ndarray, other: np.ndarray, sharpness: float = 50.0, rou
     for _ in range(rounds):
         u = 1 / (K @ v)
         v = 1 / (K.T @ u)
-    plan: np.ndarray = u[:, None] * K * v
-    return plan / plan.sum(axis=1, keepdims=True)
+    plan = u[:, None] * K * v
+    rows: np.ndarray = plan / plan.sum(axis=1, keepdims=True)
+    return rows
 
 
 OPT_DEUS = register(

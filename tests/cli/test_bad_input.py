@@ -163,6 +163,13 @@ def test_targets_that_cannot_be_are_refused(growkit: Growkit, llama: Path, tmp_p
         (["--to", "hidden=36", "--seed", "-1"], "Invalid value for '--seed'"),
         (["--operator", "nowhere.safetensors"], "not a growth operator"),
         (["--frobnicate"], "No such option"),
+        (["--to", "hidden=36", "--method", "hypercloning"], "nearest: 24 or 48; methods for any ratio: aki, "),
+        (["--to", "layers=3", "--method", "gstack"], "nearest: 2 or 4; depth methods for any depth: interpolate"),
+        (["--to", "layers=3", "--method", "stack:part=side"], "expected again, front, middle, back"),
+        (["--layers-from", "0,1,2"], "layer 2 of layers is not there; its layers are 0 to 1"),
+        (["--layers-from", "0,1,x"], "a layer map is layers or half-open ranges of them"),
+        (["--to", "layers=5", "--layers-from", "0,1,1"], "layers_from names 3 layers for layers, layers=5"),
+        (["--to", "hidden=36", "--fresh", "loud"], "fresh is 'loud'; expected a factor"),
     ],
 )
 def test_bad_requests_are_refused(

@@ -5,6 +5,7 @@ import shutil
 from importlib.resources import files
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -114,6 +115,63 @@ def test_methods_are_listed(growkit: Growkit) -> None:
     rows = growkit("methods", "--json").json
     assert {"lossless", "net2net", "stack", "interpolate", "random"} <= {row["name"] for row in rows}
     assert all({"name", "grows", "exact_when", "paper"} <= set(row) for row in rows)
+
+
+def test_methods_are_compared_on_a_model(growkit: Growkit, llama: Path, tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens.npy"
+    np.save(tokens, np.arange(400) % 50)
+    told = growkit("methods", "--for", llama, "--to", "hidden=48,layers=3", "--data", tokens, "--json").json
+    found = {candidate["method"]: candidate for candidate in told}
+    assert found["lossless"]["preserving"] is True
+    assert found["width=hypercloning,depth=lossless"]["preserving"] is True
+    assert "nearest: 2 or 4" in found["width=lossless,depth=gstack"]["refused"]
+    exact = {c["start_loss"] for c in told if c["preserving"]}
+    assert max(exact) - min(exact) < 1e-4
+    assert all(abs(c["start_loss"] - min(exact)) > 1e-4 for c in told if c["preserving"] is False)
+    table = growkit("methods", "--for", llama, "--to", "hidden=48", "--data", tokens).out
+    assert "keeping the function" in table
+    assert f"{found['lossless']['start_loss']:.4f}"[:4] in table
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--to", "hidden=48"], "name it with --for MODEL"),
+        (["--for", "MODEL"], "no sizes asked for"),
+        (["--for", "MODEL", "--to", "hidden=48", "--data", "nowhere.txt"], "no such file; expected text, .npy"),
+    ],
+)
+def test_comparisons_that_cannot_be(growkit: Growkit, llama: Path, arguments: list[str], problem: str) -> None:
+    result = growkit("methods", *(llama if argument == "MODEL" else argument for argument in arguments))
+    assert result.status == 2
+    assert problem in result.err
+    assert result.err.count("\n") == 1
+
+
+def test_a_layer_map_is_grown_told_and_kept(growkit: Growkit, llama: Path, tmp_path: Path) -> None:
+    arguments = ("--layers-from", "0:2,1:2", "--residual-scale", "0", "--score-scale", "0.5")
+    assert "layers from 0,1,1; new: 2" in growkit("plan", llama, *arguments).out
+    told = growkit("plan", llama, *arguments, "--json").json
+    assert (told["layers_from"], told["new_layers"]) == ({"layers": [0, 1, 1]}, {"layers": [2]})
+    assert told["preserving"] is True
+    out = tmp_path / "out"
+    assert growkit("grow", llama, out, *arguments, "--check", "--quiet").status == 0
+    again = growkit("run", out / "growkit_recipe.yaml")
+    assert again.status == 2  # it names no destination
+    recipe = yaml.safe_load((out / "growkit_recipe.yaml").read_text())
+    assert recipe["layers_from"] == {"layers": [0, 1, 1]}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"source": str(llama), "destination": "again"}))
+    assert growkit("run", tmp_path / "recipe.yaml", "--quiet").status == 0
+    same = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again")]
+    assert same[0] == same[1]
+
+
+def test_what_to_train_first_is_told(growkit: Growkit, llama: Path) -> None:
+    arguments = ("plan", llama, "--to", "layers=3", "--method", "width=lossless,depth=llama_pro")
+    trainable = growkit(*arguments, "--json").json["trainable"]
+    assert trainable
+    assert all(".2." in name for name in trainable)
+    assert "train the new layers alone at first" in growkit(*arguments).out
 
 
 def test_people_get_tables(growkit: Growkit, llama: Path) -> None:

@@ -67,7 +67,7 @@ def test_new_identity_layers_are_among_the_old_ones_or_on_top() -> None:
 
 def test_factors_stand_on_repeated_layers_only() -> None:
     depth = Depth((0, 1, 1, 0)).attenuated(0.5, 0.25)
-    assert depth.writes == depth.scores[:0] + (1.0, 1.0, 0.5, 0.5)
+    assert depth.writes == (1.0, 1.0, 0.5, 0.5)
     assert depth.scores == (1.0, 1.0, 0.25, 0.25)
 
 
@@ -116,7 +116,7 @@ def test_hypercloning_noise_is_paired_and_as_loud_as_asked() -> None:
 
 
 def test_mupscaling_repeats_in_place() -> None:
-    source, large = grown(transformer(depths=(1,), ffn=4), "mupscaling", hidden="2x")
+    _, large = grown(transformer(depths=(1,), ffn=4), "mupscaling", hidden="2x")
     operator = large.growth.operator
     assert operator.expansions["ffn"].write.index.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
