@@ -39,7 +39,7 @@ class Subject:
         label: What the page calls it.
         architecture: Its architecture file.
         class_name: Its class in transformers.
-        config: Where its config differs from :data:`tests.adapters.tiny_models.TINY`.
+        config: Where its config differs from the architecture file's ``tiny``.
     """
 
     label: str
