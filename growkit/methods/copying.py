@@ -184,7 +184,7 @@ STAGED = register(
     Method(
         name="staged",
         summary="two copies side by side on the diagonal, new layers that are the identity",
-        exact_when="always in width; in depth where the norm comes first",
+        exact_when="always in width; in depth where the norm comes first and nothing reads another stack",
         paper="Shen et al., Staged Training, ICML 2022, https://arxiv.org/abs/2203.06211",
         use="train",
         width=_staged,

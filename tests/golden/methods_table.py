@@ -109,7 +109,8 @@ class Cell:
         promised: Whether the plan said that the function is kept.
         claim: What the paper says: ``exact``, ``changes`` or ``silent``.
         because: Why growkit measures something else than the paper says, where it does.
-        absent: ``-`` where the method does not grow this way, ``refused`` where it refuses the request.
+        absent: ``-`` where the method does not grow this way, ``refused`` where the request was refused.
+        refusal: Why it was.
     """
 
     difference: float | None = None
@@ -117,6 +118,7 @@ class Cell:
     claim: str = "silent"
     because: str | None = None
     absent: str | None = None
+    refusal: str = ""
 
     @property
     def is_exact(self) -> bool:
@@ -147,8 +149,8 @@ def cell(subject: Subject, name: str, way: Way) -> Cell:
     because = entry.get("because", {}).get(subject.family, {}).get(way.claim)
     try:
         plan = growkit.plan(subject.model, method=name, **way.sizes)
-    except InvalidTarget:
-        return Cell(absent="refused")
+    except InvalidTarget as refusal:
+        return Cell(absent="refused", refusal=str(refusal))
     report = growkit.verify(subject.model, growkit.grow(subject.model, plan), device="cpu")
     return Cell(report.max_rel_diff, plan.preserving, claim, because)
 
@@ -174,7 +176,8 @@ runs both models on the same inputs.
   entry;
 - a number: the plan said that it is not kept, and this is the largest difference of an output, over its largest entry.
   It tells how far a random model is thrown off, not how well a trained one goes on;
-- **refused**: the method does not do this ratio, and says which it does;
+- **refused**: the method does not do this ratio, and says which it does; or the format has no config for what it makes,
+  such as T5 without its tied head, which copies in unequal numbers would need;
 - **-**: the method does not grow this way;
 - {SILENT}: the paper says nothing of this case. Everything else is as the paper says, unless it has
 - {DEVIATES}: the paper says otherwise, for the reason told at the end.
