@@ -15,7 +15,7 @@ from typing import Any
 import typer
 
 from growkit.cli import app
-from growkit.methods import methods
+from growkit.methods import Method, methods
 from growkit_specs import Architecture, architectures
 from growkit_specs.architecture import COMMON_IGNORED
 
@@ -29,12 +29,29 @@ def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
-def methods_table() -> str:
+METHOD_COLUMNS: dict[str, Callable[[Method], str]] = {
+    "method": lambda m: f"`{m.name}`",
+    "grows": lambda m: ", ".join(m.grows),
+    "for": lambda m: m.use,
+    "what it does": lambda m: m.summary,
+    "exact when": lambda m: m.exact_when,
+    "ratios": lambda m: m.ratios if m.width else "",
+    "copies": lambda m: m.copies if m.width else "",
+    "options": lambda m: ", ".join(f"`{name}={value}`" for name, value in m.options.items()),
+    "source": lambda m: linked(m.paper),
+}
+IN_SHORT = ("method", "grows", "for", "what it does", "exact when", "source")
+
+
+def methods_table(columns: Iterable[str] = tuple(METHOD_COLUMNS)) -> str:
     """Every registered method."""
-    return table(
-        ("method", "grows", "what it does", "exact when", "source"),
-        ((f"`{m.name}`", ", ".join(m.grows), m.summary, m.exact_when, linked(m.paper)) for m in methods()),
-    )
+    columns = list(columns)
+    return table(columns, ([METHOD_COLUMNS[column](m) for column in columns] for m in methods()))
+
+
+def methods_in_short() -> str:
+    """Every registered method, as the README shows it."""
+    return methods_table(IN_SHORT)
 
 
 def linked(paper: str | None) -> str:
@@ -96,6 +113,7 @@ def default(parameter: Any) -> str:
 
 TABLES: dict[str, Callable[..., str]] = {
     "methods": methods_table,
+    "methods-in-short": methods_in_short,
     "architectures": architectures_table,
     "ignored-keys": ignored_keys,
     "options": options_table,
@@ -104,7 +122,7 @@ TABLES: dict[str, Callable[..., str]] = {
 
 def with_tables(text: str) -> str:
     """A Markdown text with the tables between its comments written anew."""
-    for name in ("methods", "architectures"):
+    for name in ("methods-in-short", "architectures"):
         start, end = f"<!-- {name}: written by docs/tables.py -->", f"<!-- end of {name} -->"
         before, _, rest = text.partition(start)
         _, _, after = rest.partition(end)

@@ -341,21 +341,29 @@ class _Examination:
     def silent(self, stack: Stack) -> np.ndarray:
         """``(L2,)`` booleans: the layers of which no branch writes anything into the stream.
 
-        Either what a branch writes with is zero, or its norm gives zeros and no bias adds to them.
+        Either what a branch writes with is zero, or nothing comes to it: not in its own layer, and not in another one
+        that fills the spaces it writes from, as keys and values from another stack do.
         """
         writers = set(self.graph.writer_keys(stack))
-        by_layer = {layer.name: layer for layer in stack.layers}
         silent = np.ones(self.operator.depth(stack.name)[0], dtype=bool)
         for layer in stack.layers:
-            keys = {f"{stack.name}/{layer.name}/{p.slot}": p for p in layer.parameters}
-            if not writers & set(keys):
-                continue
-            norm = by_layer.get(str(layer.through))
-            vectors = [key for key, p in keys.items() if not p.parsed.reads and p.parsed.sign != "*"]
-            quiet = [f"{stack.name}/{norm.name}/{p.slot}" for p in norm.parameters] if norm is not None else []
-            unheard = self.zero(stack, [*quiet, *vectors]) if quiet else np.zeros_like(silent)
-            silent &= self.zero(stack, sorted(writers & set(keys))) | unheard
+            written = {f"{stack.name}/{layer.name}/{p.slot}": p for p in layer.parameters}
+            written = {key: p for key, p in written.items() if key in writers}
+            if written:
+                inner = {space for p in written.values() for space in p.parsed.read_spaces()}
+                feeding = [o for o in stack.layers if any(p.parsed.written_spaces() & inner for p in o.parameters)]
+                unheard = [self.unheard(stack, each) for each in (layer, *feeding)]
+                silent &= self.zero(stack, sorted(written)) | np.logical_and.reduce(unheard)
         return silent if writers else np.zeros_like(silent)
+
+    def unheard(self, stack: Stack, layer: Layer) -> np.ndarray:
+        """``(L2,)`` booleans: where the norm before a layer gives zeros, and no bias of the layer adds to them."""
+        norm = next((each for each in stack.layers if each.name == layer.through), None)
+        if norm is None or not norm.parameters:
+            return np.zeros(self.operator.depth(stack.name)[0], dtype=bool)
+        vectors = [p for p in layer.parameters if not p.parsed.reads and p.parsed.sign != "*"]
+        slots = [(norm, p) for p in norm.parameters] + [(layer, p) for p in vectors]
+        return self.zero(stack, [f"{stack.name}/{each.name}/{p.slot}" for each, p in slots])
 
     def zero(self, stack: Stack, keys: list[str]) -> np.ndarray:
         """``(L2,)`` booleans: the layers in which every one of these slots is zero."""

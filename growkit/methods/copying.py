@@ -112,13 +112,14 @@ FPI = register(
         depth=stacked_back,
         copies="stay",
         fresh=0.0,
+        training=("copies get equal gradients and stay copies; noise parts them: --fresh 0.05, which is net2net",),
     )
 )
 AKI = register(
     Method(
         name="aki",
-        summary="as fpi, and new units come from the next layer (advanced knowledge initialisation); with "
-        "depth=interpolate it is AKI-Pro",
+        summary="as fpi, and new units come from the next layer (advanced knowledge initialisation), with a little "
+        "paired noise for copies that this leaves alike; with depth=interpolate it is AKI-Pro",
         exact_when="never, but in a stack of one layer",
         paper=f"{_BERT2BERT}; AquilaMoE, AKI-Pro, 2024, https://arxiv.org/abs/2408.06567",
         use="train",
@@ -126,7 +127,7 @@ AKI = register(
         depth=stacked_back,
         copies="part",
         next_layer=True,
-        fresh=0.0,
+        fresh=0.05,  # the last layer has no next one, and of three copies two come from the same one
     )
 )
 HYPERCLONING = register(
@@ -174,8 +175,7 @@ SPARKLING = register(
         copies="stay",
         fresh=0.0,
         training=(
-            "asymmetric reset: optimizer state kept for the old entries, zero for the new ones, which is what parts "
-            "the copies",
+            "asymmetric reset: optimizer state kept for the old entries and zero for the new ones parts the copies",
             "learning rate warmed up again to 1.3 times over 250 steps; the peak from before growing is kept",
         ),
     )
@@ -184,7 +184,7 @@ STAGED = register(
     Method(
         name="staged",
         summary="two copies side by side on the diagonal, new layers that are the identity",
-        exact_when="always in width; in depth where the norm comes first",
+        exact_when="always in width; in depth where the norm comes first and nothing reads another stack",
         paper="Shen et al., Staged Training, ICML 2022, https://arxiv.org/abs/2203.06211",
         use="train",
         width=_staged,
@@ -194,6 +194,7 @@ STAGED = register(
         copies="stay",
         fresh=0.0,
         training=(
+            "the halves get equal gradients and stay copies of each other; only dropout parts them",
             "optimizer state on the same diagonal: exp_avg / 2, exp_avg_sq / 4; the final norm's as it is",
             "learning rate warmed up again over 150 to 200 steps",
         ),

@@ -71,6 +71,7 @@ LOSSLESS = register(
         use="keep",
         width=_lossless,
         depth=identity_blocks,
+        copies="part",  # made where nothing else keeps the function
     )
 )
 LEMON = register(
