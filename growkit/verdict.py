@@ -301,6 +301,9 @@ class _Examination:
             detail = f"{L1} to {L2} layers: they are one block, which runs more often"
             yield Reason(f"{stack.name}: depth", False, detail)
             return
+        if np.ndim(self.operator.blend[stack.name]) == 3 and L1 == L2:
+            yield Reason(f"{stack.name}: units", False, "new units come from another layer than the old ones")
+            return
         silent = self.silent(stack)
         awake = np.flatnonzero(~silent)
         change = f"{L1} to {L2} layers" if L1 != L2 else f"{L1} layers"
