@@ -7,11 +7,10 @@ from math import sqrt
 
 import numpy as np
 
-from growkit.matrices import Matrix, Selection, scaled
+from growkit.matrices import Matrix, Selection
 from growkit.methods.depth import identity_layers, identity_matrices, stacked_back
 from growkit.methods.registry import Method, SpaceGrowth, register
-from growkit.methods.width import Expansions, drawn, repeated, selections, tiled, unused
-from growkit.operator import Expansion
+from growkit.methods.width import Expansions, behind_norms, drawn, repeated, selections, tiled
 from growkit_specs import InvalidTarget
 
 
@@ -21,22 +20,22 @@ def _rows(matrix: Selection, rows: np.ndarray) -> Matrix:
 
 
 def _drawn(growth: SpaceGrowth) -> Expansions:
-    return unused(growth) if growth.kind == "fixed" else selections(growth, drawn(growth))
+    return selections(growth, drawn(growth))
 
 
 def _tiled(growth: SpaceGrowth) -> Expansions:
-    return unused(growth) if growth.kind == "fixed" else selections(growth, tiled(growth))
+    return selections(growth, tiled(growth))
 
 
 def _repeated(growth: SpaceGrowth) -> Expansions:
-    return unused(growth) if growth.kind == "fixed" else selections(growth, repeated(growth))
+    return selections(growth, repeated(growth))
 
 
 def _aki(growth: SpaceGrowth) -> Expansions:
     """FPI in two terms: the old units, and the new ones, which the blend takes from the next layer."""
     expansions = _drawn(growth)
     expansion = expansions[growth.space]
-    if growth.kind == "fixed" or growth.space == "head_dim":  # its entries are no units
+    if growth.space == "head_dim":  # its entries are no units
         return expansions
     assert isinstance(expansion.write, Selection)
     old = np.arange(growth.target) < growth.source
@@ -46,8 +45,6 @@ def _aki(growth: SpaceGrowth) -> Expansions:
 
 def _staged(growth: SpaceGrowth) -> Expansions:
     """Two copies side by side that do not see each other: ``I_2 (x) W``, a sum of two terms."""
-    if growth.kind == "fixed":
-        return unused(growth)
     if growth.space in ("group", "head_dim"):
         raise InvalidTarget(
             f"the method 'staged' doubles whole heads; got {growth.space} {growth.source} to {growth.target}; ask for "
@@ -63,25 +60,17 @@ def _staged(growth: SpaceGrowth) -> Expansions:
 def _orthonormal(growth: SpaceGrowth) -> Expansions:
     """Copies scaled to orthonormal columns in the stream, where RMSNorm then keeps any ratio; plain ones elsewhere.
 
-    ``B = A = S diag(c^-1/2)``; the mean square falls by ``d/D``, which the norm's scale takes back, and epsilon
-    follows; or everything written is multiplied by ``sqrt(D/d)``. (E4, E4b)
+    ``B = A = S diag(c^-1/2)``, and the mean square falls by ``d/D``. (E4)
     """
-    if growth.kind == "fixed":
-        return unused(growth)
     if not growth.is_normed:
         return selections(growth, tiled(growth))
     copy = Selection(tiled(growth), growth.source)
     B = Selection(copy.index, growth.source, 1 / np.sqrt(copy.counts[copy.index]))
-    gain = sqrt(growth.ratio)
-    if growth.keep_epsilon:
-        return {growth.space: Expansion(scaled(B, gain), B, B, gain=gain, fresh="read")}
-    return {growth.space: Expansion(B, B, B, gain=gain, variance=1 / growth.ratio, fresh="read")}
+    return behind_norms(growth, B, B, B, gain=sqrt(growth.ratio))
 
 
 def _sparkling(growth: SpaceGrowth) -> Expansions:
     """Copies whose readers keep the root mean square of what they give, copies adding up coherently."""
-    if growth.kind == "fixed":
-        return unused(growth)
     added = growth.ratio - 1
     return selections(growth, tiled(growth), 1 / sqrt(1 + 3 * added) if added <= 1 else 1 / (1 + added))
 

@@ -7,7 +7,7 @@ import numpy as np
 from growkit.matrices import Selection
 from growkit.methods.depth import identity_blocks, interpolated, stacked
 from growkit.methods.registry import Method, SpaceGrowth, register
-from growkit.methods.width import Expansions, filled, selections, silent, tiled, unused
+from growkit.methods.width import Expansions, filled, selections, silent, tiled
 from growkit.operator import Expansion
 
 
@@ -21,8 +21,6 @@ def _lossless(growth: SpaceGrowth) -> Expansions:
     Only a tile will do where a LayerNorm's output is written on, or where epsilon cannot follow and the stream is seen
     other than through its norms.
     """
-    if growth.kind == "fixed":
-        return unused(growth)
     if not growth.is_normed:
         return silent(growth)
     laid_bare = growth.keep_epsilon and (growth.is_written_on or growth.is_read_raw)
@@ -33,22 +31,16 @@ def _lossless(growth: SpaceGrowth) -> Expansions:
 
 
 def _lemon(growth: SpaceGrowth) -> Expansions:
-    if growth.kind == "fixed":
-        return unused(growth)
     if not growth.is_normed:
         return selections(growth, tiled(growth))
     return filled(growth, copies=_whole_copies(growth))
 
 
 def _msg(growth: SpaceGrowth) -> Expansions:
-    if growth.kind == "fixed":
-        return unused(growth)
     return filled(growth) if growth.is_normed else silent(growth)
 
 
 def _zero_pad(growth: SpaceGrowth) -> Expansions:
-    if growth.kind == "fixed":
-        return unused(growth)
     return filled(growth, centred=False) if growth.is_normed else silent(growth)
 
 

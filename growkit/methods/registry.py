@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from growkit.matrices import pad
 from growkit.model import Model
 from growkit.operator import Expansion, GrowthOperator
 from growkit_specs import GrowkitError, InvalidTarget, Layer, LayerGraph
@@ -91,6 +92,12 @@ class SpaceGrowth:
         """What wider heads must multiply a score by: the model divides it by the root of head_dim, or by nothing."""
         kinds = [layer for _, layer in self.graph.walk() if layer.kind == "attention"]
         return sqrt(self.ratio) if any(layer.attributes.get("scale") != "none" for layer in kinds) else 1.0
+
+
+def unused(growth: SpaceGrowth) -> Expansion:
+    """New tokens and positions, which nothing uses yet, whatever the method."""
+    matrix = pad(growth.target, growth.source)
+    return Expansion(matrix, matrix, matrix, fresh="both")
 
 
 @dataclass(frozen=True)
@@ -214,8 +221,10 @@ class Method:
             InvalidTarget: Where the method cannot do the ratio; the nearest sizes and other methods are named.
         """
         assert self.width is not None
+        if growth.kind == "fixed" and not self.anew:
+            return {growth.space: unused(growth)}
         wanted = {"any": growth.ratio, "whole": max(ceil(growth.ratio), 1), "double": 2}[self.ratios]
-        if growth.kind != "fixed" and growth.ratio not in (1, wanted):
+        if growth.ratio not in (1, wanted):
             d, near = growth.source, int(growth.ratio)
             sizes = (2 * d,) if self.ratios == "double" else (near * d, (near + 1) * d)
             others = ", ".join(m.name for m in methods() if m.width is not None and m.ratios == "any" and not m.anew)

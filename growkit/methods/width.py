@@ -67,12 +67,6 @@ def selections(growth: SpaceGrowth, index: np.ndarray, share: np.ndarray | float
     }
 
 
-def unused(growth: SpaceGrowth) -> Expansions:
-    """New entries that nothing uses yet: new tokens and positions, whatever the method."""
-    matrix = pad(growth.target, growth.source)
-    return {growth.space: Expansion(matrix, matrix, matrix, fresh="both")}
-
-
 def silent(growth: SpaceGrowth) -> Expansions:
     """New heads and units, drawn freely and read with zeros; a wider head gets zero keys, so its queries are free."""
     padded = pad(growth.target, growth.source)
@@ -86,12 +80,21 @@ def silent(growth: SpaceGrowth) -> Expansions:
     }
 
 
+def behind_norms(growth: SpaceGrowth, write: Matrix, read: Matrix, seen: Matrix, gain: float) -> Expansions:
+    """A space whose norms give ``gain`` times what readers are to see, and have ``gain^2`` times less to divide by.
+
+    The norms' scale takes the gain back, and epsilon follows; or, where epsilon must stay, everything written is
+    multiplied by the gain, which keeps the mean square. (E4, E4b)
+    """
+    if growth.keep_epsilon and not growth.is_written_on:
+        return {growth.space: Expansion(scaled(write, gain), read, seen, gain=gain, fresh="read")}
+    return {growth.space: Expansion(write, read, seen, gain=gain, variance=1 / gain**2, fresh="read")}
+
+
 def filled(growth: SpaceGrowth, *, copies: int = 1, centred: bool = True) -> Expansions:
     """A space under norms: ``copies`` of it, then zeros (RMSNorm) or the mean (LayerNorm) in what is left.
 
-    Both are what a norm turns into zeros, so readers see the copies only, and may hold anything for the rest. The
-    norm's mean square is multiplied by ``s = n d/D``, and so what it gives by ``1/sqrt(s)``. The scale takes that back,
-    and epsilon follows; or, where epsilon must stay, everything written is multiplied by ``1/sqrt(s)``. (E4, E4b, E5)
+    Both are what a norm turns into zeros, so readers see the copies only, and may hold anything for the rest. (E4, E5)
 
     Args:
         growth: The space.
@@ -104,7 +107,4 @@ def filled(growth: SpaceGrowth, *, copies: int = 1, centred: bool = True) -> Exp
     read = Selection(index, d, np.full(D, 1 / copies)) if copies > 1 else shown
     mean = growth.is_layer_norm and centred and copies * d < D
     write: Matrix = MeanFill(D, d, copies) if mean else shown
-    gain = sqrt(D / (copies * d))
-    if growth.keep_epsilon and not growth.is_written_on:
-        return {growth.space: Expansion(scaled(write, gain), read, shown, gain=gain, fresh="read")}
-    return {growth.space: Expansion(write, read, shown, gain=gain, variance=1 / gain**2, fresh="read")}
+    return behind_norms(growth, write, read, shown, gain=sqrt(D / (copies * d)))
