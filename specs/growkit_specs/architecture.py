@@ -422,7 +422,7 @@ class Architecture(Spec):
             grown.update({key: values[key] for key in defaulted})
         if untied:
             grown.update(dict.fromkeys(rules.ties, False))
-        self._refuse_unsayable(config, grown, known)
+        self._refuse_unsayable(config, grown, known, untied=untied)
         layer_map = next(iter(layer_maps.values()))
         grown.update(self._by_layer(config, layer_map))
         if len(layer_map) != max(layer_map, default=-1) + 1:
@@ -430,7 +430,7 @@ class Architecture(Spec):
         grown.update(epsilons)
         return grown
 
-    def _refuse_unsayable(self, config: Config, grown: Config, known: Mapping[str, int]) -> None:
+    def _refuse_unsayable(self, config: Config, grown: Config, known: Mapping[str, int], *, untied: bool) -> None:
         """Refuse sizes that the grown config would not say, or would say of another model."""
         _refuse_wider_rotary_lists(config, self.sizes(config), known)
         if unsaid := self._unsaid(grown, known):
@@ -448,9 +448,10 @@ class Architecture(Spec):
                     f"insists on; nearest {name}: {low} or {low + step}"
                 )
         if lost := self._conditional(config) - self._conditional(grown):
+            why = "with an untied head, which this method needs at these sizes," if untied else "at these sizes"
             raise InvalidTarget(
-                f"at these sizes a config of architecture '{self.architecture}' says a model without "
-                f"{', '.join(sorted(lost))}; choose others, or another method"
+                f"{why} a config of architecture '{self.architecture}' says a model without "
+                f"{', '.join(sorted(lost))}; choose other sizes, or another method"
             )
 
     def _by_layer(self, config: Config, layer_map: Sequence[int]) -> dict[str, Any]:
