@@ -55,7 +55,7 @@ def test_what_is_refused_is_a_ratio_that_the_method_does_not_do_or_a_config_that
         does_not = way.label == "1.5x width" and method.width is not None and method.ratios != "any"
         assert (found.absent == "refused") >= does_not
         if found.absent == "refused":
-            told = f"the method '{method.name}'" if does_not or way.grows == "depth" else "at these sizes a config of"
+            told = f"the method '{method.name}'" if does_not or way.grows == "depth" else "with an untied head, which"
             assert found.refusal.startswith(told)
 
 
