@@ -434,7 +434,9 @@ def _show_plan(made: Plan) -> None:
     for output in told["outputs"]:
         console.print(f"  the output {output['name']} grows with {output['space']}")
     for stack, new in told["new_layers"].items():
-        console.print(f"  {stack} from {_ranges(told['layers_from'][stack])}; new: {_ranges(new) or 'none'}", soft_wrap=True)
+        console.print(
+            f"  {stack} from {_ranges(told['layers_from'][stack])}; new: {_ranges(new) or 'none'}", soft_wrap=True
+        )
     if made.trainable:
         console.print("  train the new layers alone at first (their tensors are in --json, trainable)")
     for rule in made.training:

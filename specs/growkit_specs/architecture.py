@@ -286,7 +286,7 @@ class Architecture(Spec):
         """
         sizes: dict[str, int] = {}
         for name, rule in self.spaces.items():
-            size = self._evaluate(rule.size, {**self._present(config), **sizes})
+            size = evaluate(rule.size, {**self._present(config), **sizes})
             least = 0 if rule.kind == "fixed" else 1  # a model without labels has no head
             if not isinstance(size, (int, float)) or size != int(size) or size < least:
                 raise self._bad_size(name, size)
@@ -376,7 +376,7 @@ class Architecture(Spec):
                 **{
                     f"follows:{name}": rule.follows
                     for name, rule in self.spaces.items()
-                    if rule.follows and name in used and self._evaluate(rule.follows, _with_heads(sizes)) == sizes[name]
+                    if rule.follows and name in used and evaluate(rule.follows, _with_heads(sizes)) == sizes[name]
                 },
             },
         )
@@ -414,7 +414,7 @@ class Architecture(Spec):
         rules = self.config
         grown = dict(config)
         known: dict[str, Any] = {**sizes, **{self.stacks[name].depth: len(m) for name, m in layer_maps.items()}}
-        values = {key: _whole(self._evaluate(expression, known)) for key, expression in rules.grown.items()}
+        values = {key: _whole(evaluate(expression, known)) for key, expression in rules.grown.items()}
         values = {key: value for key, value in values.items() if value is not None}  # sizes this class does not have
         grown.update({key: value for key, value in values.items() if config.get(key) is not None})
         if self._unsaid(grown, known):  # keys the source left to their defaults, written only where they must be
@@ -440,7 +440,7 @@ class Architecture(Spec):
                 f"be {got} ({self.spaces[name].size if name in self.spaces else name})"
             )
         for name, unit in self.config.divisible:
-            size, step = (_whole(self._evaluate(expression, known)) for expression in (name, unit))
+            size, step = (_whole(evaluate(expression, known)) for expression in (name, unit))
             if size % step:
                 low = size - size % step
                 raise InvalidTarget(
@@ -484,7 +484,7 @@ class Architecture(Spec):
         if key not in self.config.periods:
             return None
         period = self.config.periods[key]
-        length = self._evaluate(str(period.length), self._present(config))
+        length = evaluate(str(period.length), self._present(config))
         return [period.usual if (layer + 1) % length else period.last for layer in range(depth)]
 
     def _unsaid(self, config: Config, known: Mapping[str, int]) -> dict[str, tuple[int, int]]:
@@ -505,34 +505,35 @@ class Architecture(Spec):
 
     def _depth(self, config: Config, rule: StackRule) -> int:
         key = next(key for key, expression in self.config.grown.items() if expression == rule.depth)
-        return int(self._evaluate(rule.size or key, self._present(config)))
-
-    @staticmethod
-    def _evaluate(expression: str, known: Mapping[str, Any]) -> Any:
-        for alternative in expression.split(" or "):
-            match = _EXPRESSION.fullmatch(alternative.strip())
-            if match is None:
-                raise UnsupportedModel(f"the expression '{expression}' does not parse")
-            operands = [int(t) if t.isdigit() else known.get(t) for t in match.group("left", "right") if t is not None]
-            if any(operand is None for operand in operands):
-                continue
-            if match["operator"] is None:
-                return operands[0]
-            if not all(isinstance(operand, (int, float)) for operand in operands):
-                got = " and ".join(map(repr, operands))
-                raise UnsupportedModel(f"config.json: '{alternative.strip()}' is computed from {got}; expected numbers")
-            return _OPERATIONS[match["operator"]](*operands)
-        return None
+        return int(evaluate(rule.size or key, self._present(config)))
 
 
 def evaluate(expression: str, known: Mapping[str, Any]) -> Any:
     """The value of ``a``, ``a * b``, ``a / b``, ``a // b`` or ``a + b`` over ``known``; None where one is missing.
 
+    Of alternatives, ``a or b / c``, the first whose names are all there holds.
+
+    Raises:
+        UnsupportedModel: Where it does not parse, or is computed from what is no number.
+
     Example:
         >>> evaluate("hidden / heads", {"hidden": 8, "heads": 2})
         4.0
     """
-    return Architecture._evaluate(expression, known)
+    for alternative in expression.split(" or "):
+        match = _EXPRESSION.fullmatch(alternative.strip())
+        if match is None:
+            raise UnsupportedModel(f"the expression '{expression}' does not parse")
+        operands = [int(t) if t.isdigit() else known.get(t) for t in match.group("left", "right") if t is not None]
+        if any(operand is None for operand in operands):
+            continue
+        if match["operator"] is None:
+            return operands[0]
+        if not all(isinstance(operand, (int, float)) for operand in operands):
+            got = " and ".join(map(repr, operands))
+            raise UnsupportedModel(f"config.json: '{alternative.strip()}' is computed from {got}; expected numbers")
+        return _OPERATIONS[match["operator"]](*operands)
+    return None
 
 
 def _rope_follows_positions(config: Config) -> bool:
@@ -599,7 +600,7 @@ class _Builder:
         for sign in (" == ", " != "):
             if sign in condition:
                 known = {**self.known, **self.sizes}
-                left, right = (self.architecture._evaluate(side, known) for side in condition.split(sign))
+                left, right = (evaluate(side, known) for side in condition.split(sign))
                 if left is None or right is None:
                     raise UnsupportedModel(
                         f"{self.architecture.architecture}.yaml: the condition '{condition}' compares what is "
@@ -607,13 +608,13 @@ class _Builder:
                     )
                 return bool((left == right) == (sign == " == "))
         expression, _, pattern = condition.removeprefix("not ").partition(" is ")
-        value = self.architecture._evaluate(expression, self.known)
+        value = evaluate(expression, self.known)
         return (fnmatch(str(value), pattern) if pattern else bool(value)) != condition.startswith("not ")
 
     def resolve(self, attributes: Mapping[str, Scalar]) -> dict[str, Scalar]:
         def value(raw: Scalar) -> Scalar:
             if isinstance(raw, str) and raw.startswith("$"):
-                found: Scalar = self.architecture._evaluate(raw[1:], self.known)
+                found: Scalar = evaluate(raw[1:], self.known)
                 return found
             return raw
 
