@@ -270,13 +270,14 @@ def _blend(source: LayerGraph, depths: Mapping[str, Depth], *, next_layer: bool)
     Args:
         source: The source.
         depths: How its stacks deepen.
-        next_layer: Whether the sum's second term takes the layer above the one that the first takes (AKI).
+        next_layer: Whether the sum's second term takes the layer above the one that the first takes (AKI); of layers
+            that are one block, that is the same.
     """
     blend: dict[str, np.ndarray] = {}
     for stack in source.stacks:
         L1 = stack.depth
         depth = depths.get(stack.name) or Depth(tuple(range(L1)))
-        above = np.eye(L1)[[min(j + 1, L1 - 1) for j in range(L1)]]
+        above = np.eye(L1)[[j if stack.shared else min(j + 1, L1 - 1) for j in range(L1)]]
         w, writers = (
             np.stack([each, each @ above]) if next_layer else each
             for each in (depth.blend(L1), depth.writers_blend(L1))

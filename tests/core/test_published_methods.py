@@ -12,7 +12,7 @@ from growkit.loss import Batch, start_loss, token_batch
 from growkit.methods import Depth, method, methods
 from growkit.methods.between import predicted_between, transported
 from growkit.testing import memory_model, transformer
-from growkit_specs import GrowkitError, InvalidTarget, Recipe, Stack
+from growkit_specs import GrowkitError, InvalidTarget, Recipe, Stack, architectures
 
 STACK4 = Stack(name="stack", depth=4, layers=())
 
@@ -83,6 +83,14 @@ def test_aki_takes_new_units_from_the_next_layer() -> None:
         old, next_ = (source.weights[f"stack0.{j}.up_proj.bias"] for j in (layer, above))
         np.testing.assert_allclose(bias[:4], old)
         np.testing.assert_allclose(bias[4:], next_[index[4:]])
+
+
+def test_aki_of_layers_that_are_one_block_has_no_other_layer_to_take() -> None:
+    file = architectures()["albert"]
+    source = memory_model(file.graph(file.tiny, None).with_dtypes(lambda key: "float64"))
+    plan = growkit.plan(source, hidden="2x", method="aki")
+    assert plan.preserving, plan.verdict.broken
+    assert growkit.verify(source, growkit.grow(source, plan)).max_rel_diff < 1e-10
 
 
 def test_staged_puts_two_copies_on_the_diagonal() -> None:
