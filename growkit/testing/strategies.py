@@ -58,6 +58,7 @@ def layouts(spaces: Sequence[str] = SPACES) -> st.SearchStrategy[Layout]:
 
 # --- matrices ------------------------------------------------------------------------------------------------
 
+_NEW = st.integers(0, 2)
 _FACTORS = st.sampled_from((-2.0, -0.5, 0.0, 0.5, 3.0))
 
 
@@ -81,17 +82,14 @@ def matrices() -> st.SearchStrategy[Matrix]:
     plain = st.one_of(
         st.integers(1, 4).map(Identity),
         sizes.map(lambda size: pad(*size)),
-        st.builds(_mean_fill, st.integers(0, 3), st.integers(1, 4), st.integers(1, 2)),
+        st.builds(_mean_fill, _NEW, st.integers(1, 3), st.integers(1, 2)),
         _selections(weights=False),
         _selections(weights=True),
         _dense(),
     )
-    turned = st.builds(lambda matrix, turned: matrix.mT if turned else matrix, plain, st.booleans())
-    leaves = st.one_of(
-        turned,
-        st.builds(_interleaved, turned, st.lists(turned, min_size=1, max_size=3)),
-        st.builds(_padded, turned, st.integers(0, 2)),
-    )
+    leaves = st.builds(lambda matrix, turned: matrix.mT if turned else matrix, plain, st.booleans())
+    few = st.builds(pad, st.just(2), st.integers(1, 2))
+    joined = st.builds(_interleaved, few, st.lists(few, min_size=1, max_size=3)) | st.builds(_padded, leaves, _NEW)
 
     def composed(inner: st.SearchStrategy[Matrix]) -> st.SearchStrategy[Matrix]:
         parts = st.lists(inner, min_size=1, max_size=2).map(tuple)
@@ -102,7 +100,7 @@ def matrices() -> st.SearchStrategy[Matrix]:
             inner.map(lambda matrix: matrix.mT),
         )
 
-    return leaves | st.recursive(leaves, composed, max_leaves=4)
+    return leaves | joined | st.recursive(leaves, composed, max_leaves=4)
 
 
 def _mean_fill(new: int, old: int, copies: int) -> MeanFill:
