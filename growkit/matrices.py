@@ -33,7 +33,7 @@ def _reshape_axis(x: Array, axis: int, sizes: Sequence[int]) -> Array:
 class Matrix(ABC):
     """A linear map from ``d`` to ``D`` entries.
 
-    Every subclass is final. :meth:`apply` is the only way a matrix acts.
+    Every kind is final. :meth:`apply` is the only way a matrix acts.
     """
 
     kind: ClassVar[str]
@@ -410,17 +410,31 @@ class Kronecker(Matrix):
         return None if None in patterns else Kronecker(tuple(p for p in patterns if p is not None))
 
 
-@final
 @dataclass(frozen=True, repr=False)
-class Concatenation(Matrix):
-    """The block diagonal of ``blocks``: one matrix per segment of a concatenated axis."""
+class _Segmented(Matrix):
+    """One matrix for each segment of an axis, however the segments lie."""
 
-    kind: ClassVar[str] = "concatenation"
     blocks: tuple[Matrix, ...]
 
     @property
     def shape(self) -> tuple[int, int]:
         return sum(b.shape[0] for b in self.blocks), sum(b.shape[1] for b in self.blocks)
+
+    @property
+    def is_identity(self) -> bool:
+        return all(block.is_identity for block in self.blocks)
+
+    @property
+    def is_gather(self) -> bool:
+        return all(block.is_gather for block in self.blocks)
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class Concatenation(_Segmented):
+    """The block diagonal of ``blocks``: one matrix per segment of a concatenated axis."""
+
+    kind: ClassVar[str] = "concatenation"
 
     def apply(self, x: Array, axis: int = 0) -> Array:
         lead, parts, start = (slice(None),) * axis, [], 0
@@ -439,14 +453,6 @@ class Concatenation(Matrix):
         return np.concatenate([block.support for block in self.blocks])
 
     @property
-    def is_identity(self) -> bool:
-        return all(block.is_identity for block in self.blocks)
-
-    @property
-    def is_gather(self) -> bool:
-        return all(block.is_gather for block in self.blocks)
-
-    @property
     def pattern(self) -> Matrix | None:
         patterns = [block.pattern for block in self.blocks]
         return None if None in patterns else Concatenation(tuple(p for p in patterns if p is not None))
@@ -454,7 +460,7 @@ class Concatenation(Matrix):
 
 @final
 @dataclass(frozen=True, repr=False)
-class Interleaved(Matrix):
+class Interleaved(_Segmented):
     """One matrix for each segment of an axis whose segments alternate: GPT-NeoX's ``(heads 3 head_dim)``.
 
     Attributes:
@@ -463,12 +469,7 @@ class Interleaved(Matrix):
     """
 
     kind: ClassVar[str] = "interleaved"
-    blocks: tuple[Matrix, ...]
     runs: tuple[int, int]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return sum(b.shape[0] for b in self.blocks), sum(b.shape[1] for b in self.blocks)
 
     def apply(self, x: Array, axis: int = 0) -> Array:
         wide_runs, runs = self.runs
@@ -491,14 +492,6 @@ class Interleaved(Matrix):
     def support(self) -> np.ndarray:
         rows = [block.support.reshape(self.runs[0], -1) for block in self.blocks]
         return np.concatenate(rows, axis=1).reshape(-1)
-
-    @property
-    def is_identity(self) -> bool:
-        return all(block.is_identity for block in self.blocks)
-
-    @property
-    def is_gather(self) -> bool:
-        return all(block.is_gather for block in self.blocks)
 
     @property
     def pattern(self) -> Matrix | None:

@@ -183,8 +183,9 @@ class GrowthOperator:
         Returns:
             An array of ``target.shape``, in the source's namespace and dtype.
         """
-        blended = [self.blended(target, source, term) for term in self.terms(target)]
-        widened = [self.widened(target, W, source, term) for W, term in zip(blended, self.terms(target), strict=True)]
+        terms = self.terms(target)
+        blended = [self.blended(target, source, term) for term in terms]
+        widened = [self.widened(target, W, source, term) for W, term in zip(blended, terms, strict=True)]
         Z = self.residual_of(target, blended[0])
         return sum(widened[1:], widened[0]) if Z is None else sum(widened, Z)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -103,7 +104,7 @@ class _Examination:
         for stack in self.graph.stacks:
             yield from self.depth(stack)
             yield from self.own_expansions(stack)
-        unseen = {f"{stack.name}/{t}" for stack in self.graph.stacks for t in np.flatnonzero(self.silent(stack))}
+        unseen = {f"{stack.name}/{t}" for stack in self.graph.stacks for t in np.flatnonzero(self.silent[stack.name])}
         places = {t.name: f"{t.stack}/{t.layer}" for t in target_tensors(self.graph, self.operator)}
         if any(places.get(name) not in unseen for name in self.operator.residual):
             yield Reason("no residual", False, "the operator adds entries of its own that readers see")
@@ -294,7 +295,7 @@ class _Examination:
     def depth(self, stack: Stack) -> Iterator[Reason]:
         """E10: the source's layers in order, each once, and between them blocks that write nothing."""
         L2, L1 = self.operator.depth(stack.name)
-        blends = list(self.slot_blends(stack).values())
+        blends = [w for terms in self.slot_blends(stack).values() for w in terms]
         if all(np.array_equal(w, np.eye(L1)) for w in blends):
             return
         if stack.shared and L1 != L2:
@@ -304,7 +305,7 @@ class _Examination:
         if np.ndim(self.operator.blend[stack.name]) == 3 and L1 == L2:
             yield Reason(f"{stack.name}: units", False, "new units come from another layer than the old ones")
             return
-        silent = self.silent(stack)
+        silent = self.silent[stack.name]
         awake = np.flatnonzero(~silent)
         change = f"{L1} to {L2} layers" if L1 != L2 else f"{L1} layers"
         in_order = len(awake) == L1 and all(np.array_equal(w[awake], np.eye(L1)) for w in blends)
@@ -323,25 +324,27 @@ class _Examination:
 
     def own_expansions(self, stack: Stack) -> Iterator[Reason]:
         """Layers with matrices of their own: they matter where the layer writes anything."""
-        silent = self.silent(stack)
-        keys = [key.partition("@") for key in self.operator.expansions if f"@{stack.name}/" in key]
-        awake = sorted(
-            {(int(at.rpartition("/")[2]), name) for name, _, at in keys if not silent[int(at.split("/")[1])]}
-        )
-        for t, name in awake:
-            yield Reason(f"{stack.name} {t}: {name}", False, f"layer {t} maps {name} in a way of its own")
+        silent = self.silent[stack.name]
+        keys = [key.split(f"@{stack.name}/") for key in self.operator.expansions if f"@{stack.name}/" in key]
+        for t, name in sorted((int(t), name) for name, t in keys):
+            if not silent[t]:
+                yield Reason(f"{stack.name} {t}: {name}", False, f"layer {t} maps {name} in a way of its own")
 
     # --- what the rules ask of the operator ------------------------------------------------------------------------
 
     def slot_blends(self, stack: Stack) -> dict[str, np.ndarray]:
-        """``w``, ``(L2, L1)``, of every slot of a stack, one for each term where terms differ."""
-        blends: dict[str, np.ndarray] = {}
-        for key, _ in stack.slots():
-            w = np.asarray(self.operator.blend.get(key, self.operator.blend[stack.name]))
-            blends |= {f"{key}/{r}": each for r, each in enumerate(w if w.ndim == 3 else w[None])}
-        return blends
+        """``w``, ``(R, L2, L1)``, of every slot of a stack; ``R`` is 1 where its terms do not differ."""
+        found = {
+            key: np.asarray(self.operator.blend.get(key, self.operator.blend[stack.name])) for key, _ in stack.slots()
+        }
+        return {key: w.reshape(-1, *w.shape[-2:]) for key, w in found.items()}
 
-    def silent(self, stack: Stack) -> np.ndarray:
+    @cached_property
+    def silent(self) -> dict[str, np.ndarray]:
+        """For each stack ``(L2,)`` booleans: the layers of which no branch writes anything into the stream."""
+        return {stack.name: self.writes_nothing(stack) for stack in self.graph.stacks}
+
+    def writes_nothing(self, stack: Stack) -> np.ndarray:
         """``(L2,)`` booleans: the layers of which no branch writes anything into the stream.
 
         Either what a branch writes with is zero, or nothing comes to it: not in its own layer, and not in another one
@@ -371,11 +374,10 @@ class _Examination:
     def zero(self, stack: Stack, keys: list[str]) -> np.ndarray:
         """``(L2,)`` booleans: the layers in which every one of these slots is zero."""
         zero = np.ones(self.operator.depth(stack.name)[0], dtype=bool)
-        names = {key: parameter.name for key, parameter in stack.slots()}
+        names, blends = {key: parameter.name for key, parameter in stack.slots()}, self.slot_blends(stack)
         for key in keys:
-            w = np.asarray(self.operator.blend.get(key, self.operator.blend[stack.name]))
             filled = [names[key].replace("{layer}", str(t)) in self.operator.residual for t in range(len(zero))]
-            zero &= (w.reshape(-1, *w.shape[-2:]) == 0).all(axis=(0, 2)) & ~np.asarray(filled)
+            zero &= (blends[key] == 0).all(axis=(0, 2)) & ~np.asarray(filled)
         return zero
 
     # --- what the rules ask of the model ---------------------------------------------------------------------------
