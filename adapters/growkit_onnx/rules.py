@@ -1,0 +1,452 @@
+"""What each operator says about the axes of what it reads and makes: one equation or two for each.
+
+A rule is given the scene and a node. It says which axes are one (``scene.unify``), which must keep their sizes
+(``scene.freeze``), and what part a weight's axes play (``scene.play``). Nothing here computes anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from growkit_specs.layout import Axis, concatenation, product
+from growkit_specs.unification import ONE
+
+if TYPE_CHECKING:
+    from growkit_onnx.infer import Scene
+
+Axes = tuple[Axis, ...]
+Rule = Callable[["Scene", ir.Node], None]
+
+RULES: dict[tuple[str, str], Rule] = {}
+CONTRIB = "com.microsoft"
+
+ELEMENTWISE = frozenset(
+    "Add Sub Mul Div Pow Mod Where And Or Xor Equal Less LessOrEqual Greater GreaterOrEqual Max Min Sum Mean PRelu "
+    "BitwiseAnd BitwiseOr BitwiseXor BitShift".split()
+)
+"""Operators that work entry by entry on inputs that are broadcast to each other."""
+
+NONLINEAR = frozenset(
+    "Abs Acos Acosh Asin Asinh Atan Atanh BiasGelu Ceil Celu Clip Cos Cosh Elu Erf Exp FastGelu Floor Gelu HardSigmoid "
+    "HardSwish LeakyRelu Log Mish PRelu Pow QuickGelu Reciprocal Relu Round Selu Sigmoid Sign Sin Sinh Softplus Softsign "
+    "Sqrt Tan Tanh ThresholdedRelu Max Min Mod".split()
+)
+"""Operators that are nonlinear in each entry: only what leaves the entries apart commutes with them."""
+
+PASSING = frozenset("Cast CastLike Identity Neg Not IsNaN IsInf Dropout CumSum Trilu BitwiseNot".split())
+"""Operators of one input that leave its axes as they are."""
+
+
+def rule(*names: str, domain: str = "") -> Callable[[Rule], Rule]:
+    """Registers a rule for operators of a domain."""
+
+    def registered(function: Rule) -> Rule:
+        RULES.update({(domain, name): function for name in names})
+        return function
+
+    return registered
+
+
+def rule_of(node: ir.Node) -> Rule:
+    """The rule of a node's operator; of an operator nobody knows, that everything it touches stays as it is."""
+    return RULES.get((node.domain.replace("ai.onnx", ""), node.op_type), unknown)
+
+
+def unknown(scene: Scene, node: ir.Node) -> None:
+    for value in (*node.inputs, *node.outputs):
+        if value is not None:
+            scene.freeze(value, f"the operator {node.domain + '.' if node.domain else ''}{node.op_type} ({node.name})")
+
+
+# --- entry by entry ------------------------------------------------------------------------------------------------
+
+
+@rule(*ELEMENTWISE)
+@rule("BiasGelu", "FastGelu", "BiasAdd", domain=CONTRIB)
+def elementwise(scene: Scene, node: ir.Node) -> None:
+    (out,) = node.outputs
+    for value in node.inputs:
+        if value is not None:
+            broadcast(scene, value, scene.axes(out))
+            scene.play(value, "scale" if node.op_type in ("Mul", "Div", "PRelu", "Pow") else "write")
+
+
+def broadcast(scene: Scene, value: ir.Value, to: Axes) -> None:
+    """The axes of ``value`` are the last of ``to``, where they are not of size 1."""
+    axes = scene.axes(value)
+    for mine, other in zip(axes[::-1], to[::-1], strict=False):
+        if mine != ONE:
+            scene.unify(mine, other)
+
+
+@rule(*(NONLINEAR - ELEMENTWISE - {"BiasGelu", "FastGelu", "QuickGelu"}), *PASSING)
+@rule("Gelu", "QuickGelu", domain=CONTRIB)
+def unary(scene: Scene, node: ir.Node) -> None:
+    scene.same(node.inputs[0], node.outputs[0])
+    scene.derive(node.inputs[0], node.outputs[0])
+
+
+@rule("Softmax", "LogSoftmax", "Hardmax", "LpNormalization")
+def softmax(scene: Scene, node: ir.Node) -> None:
+    axes = scene.axes(node.outputs[0])
+    scene.same(node.inputs[0], node.outputs[0])
+    default = -1 if scene.opset >= 13 or node.op_type == "LpNormalization" else 1
+    axis = node.attributes.get_int("axis", default) % len(axes)
+    for normalised in axes[axis:] if scene.opset < 13 else axes[axis : axis + 1]:
+        scene.freeze_axis(normalised, f"{node.op_type} over it ({node.name})")
+
+
+# --- products ------------------------------------------------------------------------------------------------------
+
+
+@rule("MatMul")
+@rule("FusedMatMul", domain=CONTRIB)
+def matmul(scene: Scene, node: ir.Node) -> None:
+    left, right = node.inputs[:2]
+    a, b, out = list(scene.axes(left)), list(scene.axes(right)), list(scene.axes(node.outputs[0]))
+    if node.attributes.get_int("transA", 0):
+        a[-2:] = a[:-3:-1]
+    if node.attributes.get_int("transB", 0):
+        b[-2:] = b[:-3:-1]
+    if any(node.attributes.get_int(f"transBatch{side}", 0) for side in "AB"):
+        return unknown(scene, node)
+    scene.contract(node, left, right, a[-1], b[-2] if len(b) > 1 else b[0])
+    rows = [a[-2]] if len(a) > 1 else []
+    columns = [b[-1]] if len(b) > 1 else []
+    for mine, other in zip(rows + columns, out[len(out) - len(rows + columns) :], strict=True):
+        scene.unify(mine, other)
+    batch = out[: len(out) - len(rows + columns)]
+    for lead in (a[:-2], b[:-2]):
+        for mine, other in zip(lead[::-1], batch[::-1], strict=False):
+            if mine != ONE:
+                scene.unify(mine, other)
+    scene.play(left, "write", read=[scene.axes(left).index(a[-1])] if scene.is_weight(left) else ())
+    scene.play(right, "write", read=_positions(scene, right, b[-2] if len(b) > 1 else b[0], node, "transB"))
+
+
+def _positions(scene: Scene, value: ir.Value, contracted: Axis, node: ir.Node, flag: str) -> Sequence[int]:
+    """Where in the storage of ``value`` the contracted axis stands."""
+    if not scene.is_weight(value):
+        return ()
+    rank = len(scene.axes(value))
+    return [rank - 1 if node.attributes.get_int(flag, 0) or rank == 1 else rank - 2]
+
+
+@rule("Gemm")
+def gemm(scene: Scene, node: ir.Node) -> None:
+    left, right, *bias = node.inputs
+    trans = [node.attributes.get_int(f"trans{side}", 0) for side in "AB"]
+    a, b, out = scene.axes(left), scene.axes(right), scene.axes(node.outputs[0])
+    a, b = (axes[::-1] if t else axes for axes, t in zip((a, b), trans, strict=True))
+    scene.contract(node, left, right, a[1], b[0])
+    scene.unify(a[0], out[0])
+    scene.unify(b[1], out[1])
+    scene.play(left, "write", read=[0 if trans[0] else 1])
+    scene.play(right, "write", read=[1 if trans[1] else 0])
+    for value in bias:
+        if value is not None:
+            broadcast(scene, value, out)
+            scene.play(value, "write")
+
+
+@rule("Einsum")
+def einsum(scene: Scene, node: ir.Node) -> None:
+    equation = node.attributes.get_string("equation", "").replace(" ", "")
+    if "..." in equation or "->" not in equation:
+        return unknown(scene, node)
+    terms, out = equation.split("->")
+    letters: dict[str, Axis] = dict(zip(out, scene.axes(node.outputs[0]), strict=True))
+    inputs = [value for value in node.inputs if value is not None]
+    for value, term in zip(inputs, terms.split(","), strict=True):
+        for letter, axis in zip(term, scene.axes(value), strict=True):
+            if axis != ONE:
+                scene.unify(axis, letters.setdefault(letter, axis))
+        scene.play(value, "write", read=[i for i, letter in enumerate(term) if letter not in out])
+    if len(inputs) == 2:
+        for letter in sorted(set.intersection(*map(set, terms.split(","))) - set(out)):
+            scene.contract(node, *inputs, letters[letter], letters[letter])
+
+
+@rule("Conv")
+def conv(scene: Scene, node: ir.Node) -> None:
+    image, kernel, *bias = node.inputs
+    x, w, out = scene.axes(image), scene.axes(kernel), scene.axes(node.outputs[0])
+    for axis in (*w[2:], *x[2:], *out[2:]):
+        scene.freeze_axis(axis, f"a dimension of the convolution {node.name}")
+    scene.unify(x[0], out[0])
+    scene.unify(w[0], out[1])
+    if node.attributes.get_int("group", 1) == 1:
+        scene.unify(x[1], w[1])
+    else:
+        for axis in (x[1], *w[:2]):
+            scene.freeze_axis(axis, f"the channels of the grouped convolution {node.name}")
+    scene.play(kernel, "write", read=range(1, len(w)))
+    for value in bias:
+        if value is not None:
+            scene.unify(scene.axes(value)[0], out[1])
+            scene.play(value, "write")
+
+
+# --- tables, parts and positions -----------------------------------------------------------------------------------
+
+
+@rule("Gather")
+def gather(scene: Scene, node: ir.Node) -> None:
+    data, indices = node.inputs
+    axes, picked, out = scene.axes(data), scene.axes(indices), scene.axes(node.outputs[0])
+    axis = node.attributes.get_int("axis", 0) % len(axes)
+    behind = axis + len(picked)
+    for mine, other in zip(
+        (*axes[:axis], *axes[axis + 1 :], *picked), (*out[:axis], *out[behind:], *out[axis:behind]), strict=True
+    ):
+        scene.unify(mine, other)
+    scene.play(data, "write", read=[axis])
+    chosen = scene.constant(indices)
+    if scene.is_weight(data) or chosen is None:
+        return
+    if chosen.size == 1:  # one entry of the axis: a slice of length 1
+        scene.part(axes[axis], int(chosen.reshape(-1)[0]), 1)
+    else:
+        scene.freeze_axis(axes[axis], f"entries of it are picked by number ({node.name})")
+
+
+@rule("GatherElements", "ScatterElements", "ScatterND", "GatherND")
+def indexed(scene: Scene, node: ir.Node) -> None:
+    """Axes that are addressed by number stay as they are."""
+    for value in (*node.inputs, *node.outputs):
+        if value is not None:
+            scene.freeze(value, f"entries are addressed by number ({node.op_type} {node.name})")
+
+
+@rule("ArgMax", "ArgMin", "TopK", "OneHot", "NonZero", "Unique", "Compress")
+def ranked(scene: Scene, node: ir.Node) -> None:
+    for value in (*node.inputs, *node.outputs):
+        if value is not None:
+            scene.freeze(value, f"entries are ranked or counted ({node.op_type} {node.name})")
+
+
+@rule("Slice")
+def sliced(scene: Scene, node: ir.Node) -> None:
+    source, out = scene.axes(node.inputs[0]), scene.axes(node.outputs[0])
+    cuts = scene.slices(node)
+    for axis, (mine, other) in enumerate(zip(source, out, strict=True)):
+        if axis not in cuts:
+            scene.unify(mine, other)
+            continue
+        start, step = cuts[axis]
+        if scene.sizes(mine) == scene.sizes(other) and step == 1:
+            scene.unify(mine, other)
+        elif start is None or scene.is_dynamic(mine) or scene.is_dynamic(other):
+            scene.freeze_axis(mine, f"a part of it is taken that depends on the input ({node.name})")
+        elif step == 1:
+            taken = scene.part(mine, start, scene.sizes(other)[0])
+            if taken is not None:
+                scene.unify(taken, other)
+        else:
+            scene.stride(mine, other, step, node)
+
+
+@rule("Split")
+def split(scene: Scene, node: ir.Node) -> None:
+    source = scene.axes(node.inputs[0])
+    axis = node.attributes.get_int("axis", 0) % len(source)
+    parts = [scene.axes(out) for out in node.outputs]
+    scene.unify(source[axis], concatenation(*(part[axis] for part in parts)))
+    for part in parts:
+        for other, (mine, whole) in enumerate(zip(part, source, strict=True)):
+            if other != axis:
+                scene.unify(mine, whole)
+
+
+@rule("Concat")
+def concat(scene: Scene, node: ir.Node) -> None:
+    out = scene.axes(node.outputs[0])
+    axis = node.attributes.get_int("axis", 0) % len(out)
+    parts = [value for value in node.inputs if value is not None and not scene.is_empty(value)]
+    scene.unify(out[axis], concatenation(*(scene.axes(value)[axis] for value in parts)))
+    for value in parts:
+        scene.play(value, "write")
+        for other, (mine, whole) in enumerate(zip(scene.axes(value), out, strict=True)):
+            if other != axis:
+                scene.unify(mine, whole)
+
+
+@rule("Pad")
+def pad(scene: Scene, node: ir.Node) -> None:
+    for mine, other in zip(scene.axes(node.inputs[0]), scene.axes(node.outputs[0]), strict=True):
+        if scene.sizes(mine) == scene.sizes(other):
+            scene.unify(mine, other)
+        else:
+            scene.freeze_axis(mine, f"it is padded ({node.name})")
+
+
+# --- shapes --------------------------------------------------------------------------------------------------------
+
+
+@rule("Reshape", "Flatten", "Unsqueeze", "Squeeze")
+def reshape(scene: Scene, node: ir.Node) -> None:
+    """Storage order stays: the product of all axes does."""
+    scene.unify(product(*scene.axes(node.inputs[0])), product(*scene.axes(node.outputs[0])))
+    scene.derive_reshaped(node.inputs[0], node.outputs[0])
+
+
+@rule("Transpose")
+def transpose(scene: Scene, node: ir.Node) -> None:
+    axes = scene.axes(node.inputs[0])
+    order = node.attributes.get_ints("perm", tuple(range(len(axes)))[::-1])
+    for i, out in zip(order, scene.axes(node.outputs[0]), strict=True):
+        scene.unify(axes[i], out)
+    scene.derive(node.inputs[0], node.outputs[0], order)
+
+
+@rule("Expand")
+def expand(scene: Scene, node: ir.Node) -> None:
+    broadcast(scene, node.inputs[0], scene.axes(node.outputs[0]))
+    lead = len(scene.axes(node.outputs[0])) - len(scene.axes(node.inputs[0]))
+    if lead == 0:
+        scene.derive(node.inputs[0], node.outputs[0])
+    else:
+        scene.play(node.inputs[0], "write")
+
+
+@rule("Tile")
+def tile(scene: Scene, node: ir.Node) -> None:
+    for mine, other in zip(scene.axes(node.inputs[0]), scene.axes(node.outputs[0]), strict=True):
+        times = tuple(o // m for o, m in zip(scene.sizes(other), scene.sizes(mine), strict=True))
+        repeat = scene.unifier.fresh(times)
+        scene.freeze_axis(repeat, f"a number of repetitions ({node.name})")
+        scene.unify(other, product(repeat, mine))
+
+
+@rule(
+    "ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceSumSquare",
+    "ReduceLogSumExp", "ReduceLogSum",
+)  # fmt: skip
+def reduce(scene: Scene, node: ir.Node) -> None:
+    axes, out = scene.axes(node.inputs[0]), list(scene.axes(node.outputs[0]))
+    gone = scene.reduced(node)
+    if node.attributes.get_int("keepdims", 1):
+        out = [axis for i, axis in enumerate(out) if i not in gone]
+    for mine, other in zip((axis for i, axis in enumerate(axes) if i not in gone), out, strict=True):
+        scene.unify(mine, other)
+
+
+@rule("Shape", "Size", "Range", "Constant", "ConstantOfShape", "EyeLike")
+def made(scene: Scene, node: ir.Node) -> None:
+    """Made of sizes: its axes are what later operators say."""
+
+
+@rule("GlobalAveragePool", "GlobalMaxPool")
+def pooled(scene: Scene, node: ir.Node) -> None:
+    for mine, other in zip(scene.axes(node.inputs[0])[:2], scene.axes(node.outputs[0])[:2], strict=True):
+        scene.unify(mine, other)
+
+
+# --- norms ---------------------------------------------------------------------------------------------------------
+
+
+@rule("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
+@rule("SimplifiedLayerNormalization", domain=CONTRIB)
+def norm(scene: Scene, node: ir.Node) -> None:
+    scene.same(node.inputs[0], node.outputs[0])
+    for value, part in zip(node.inputs[1:], ("scale", "shift"), strict=False):
+        if value is not None:
+            broadcast(scene, value, scene.axes(node.outputs[0]))
+            scene.play(value, part)
+
+
+# --- fused attention -----------------------------------------------------------------------------------------------
+
+
+@rule("Attention", domain=CONTRIB)
+def fused_attention(scene: Scene, node: ir.Node) -> None:
+    """One weight for q, k and v, ``hidden -> (q + k + v)``, each by heads."""
+    x, weight, *rest = node.inputs
+    heads = scene.unifier.fresh((node.attributes.get_int("num_heads", 1),) * scene.unifier.runs)
+    total = scene.sizes(scene.axes(weight)[1])[0]
+    sizes = node.attributes.get_ints("qkv_hidden_sizes", (total // 3,) * 3)
+    dims = [scene.unifier.fresh((size // scene.sizes(heads)[0],) * scene.unifier.runs) for size in sizes]
+    scene.unify(dims[0], dims[1])
+    scene.unify(scene.axes(weight)[1], concatenation(*(product(heads, d) for d in dims)))
+    scene.unify(scene.axes(x)[-1], scene.axes(weight)[0])
+    out = scene.axes(node.outputs[0])
+    for mine, other in zip(scene.axes(x)[:-1], out[:-1], strict=True):
+        scene.unify(mine, other)
+    scene.unify(out[-1], product(heads, dims[2]))
+    scene.play(weight, "write", read=[0])
+    if rest and rest[0] is not None:
+        scene.unify(scene.axes(rest[0])[0], scene.axes(weight)[1])
+        scene.play(rest[0], "write")
+    if len(rest) > 2 and rest[2] is not None or len(node.outputs) > 1:  # past [2, batch, heads, past, head_dim]
+        for value in (*rest[2:3], *node.outputs[1:2]):
+            if value is not None:
+                scene.unify(scene.axes(value)[2], heads)
+                scene.unify(scene.axes(value)[4], dims[2])
+    if len(rest) > 3 and rest[3] is not None and scene.axes(rest[3])[1] != ONE:
+        scene.unify(scene.axes(rest[3])[1], heads)
+    scene.attends(node, heads, heads, dims[0], dims[2])
+
+
+@rule("Attention")
+@rule("MultiHeadAttention", "GroupQueryAttention", domain=CONTRIB)
+def attention(scene: Scene, node: ir.Node) -> None:
+    """Queries, keys and values as inputs, ``[batch, sequence, heads * head_dim]`` or by heads."""
+    q, k, v = (list(node.inputs) + [None] * 3)[:3]
+    names = ("q_num_heads", "kv_num_heads") if node.domain != CONTRIB else ("num_heads", "kv_num_heads")
+    out = scene.axes(node.outputs[0])
+    if k is None or v is None:
+        return unknown(scene, node)  # packed in one input
+    runs = scene.unifier.runs
+    if len(scene.axes(q)) == 4:
+        (_, heads, rows, dqk), (batch, kv_heads, _, dk), (_, v_heads, _, dv) = map(scene.axes, (q, k, v))
+        scene.unify(dqk, dk)
+        scene.unify(kv_heads, v_heads)
+        scene.unify(out[3], dv)
+        scene.unify(out[1], heads)
+        scene.unify(out[2], rows)
+    else:
+        count = node.attributes.get_int(names[0], 1)
+        kv_count = node.attributes.get_int(names[1], count)
+        heads, kv_heads = scene.unifier.fresh((count,) * runs), scene.unifier.fresh((kv_count,) * runs)
+        batch = scene.axes(q)[0]
+        dqk = scene.unifier.fresh((scene.sizes(scene.axes(q)[-1])[0] // count,) * runs)
+        dv_size = scene.sizes(scene.axes(v)[-1 if len(scene.axes(v)) == 3 else 3])[0]
+        dv = scene.unifier.fresh((dv_size // (kv_count if len(scene.axes(v)) == 3 else 1),) * runs)
+        scene.unify(scene.axes(q)[-1], product(heads, dqk))
+        for value, dim in ((k, dqk), (v, dv)):
+            if len(scene.axes(value)) == 3:
+                scene.unify(scene.axes(value)[-1], product(kv_heads, dim))
+            else:
+                scene.unify(scene.axes(value)[1], kv_heads)
+                scene.unify(scene.axes(value)[3], dim)
+        scene.unify(out[1], scene.axes(q)[1])
+        scene.unify(out[2], product(heads, dv))
+    scene.unify(out[0], batch)
+    if scene.sizes(heads) != scene.sizes(kv_heads):
+        group = scene.unifier.fresh(
+            tuple(h // n for h, n in zip(scene.sizes(heads), scene.sizes(kv_heads), strict=True))
+        )
+        scene.unify(heads, product(kv_heads, group))
+    else:
+        scene.unify(heads, kv_heads)
+    for value, dim in scene.caches(node):
+        scene.unify(scene.axes(value)[1], kv_heads)
+        scene.unify(scene.axes(value)[3], dqk if dim == "k" else dv)
+    scene.attends(node, heads, kv_heads, dqk, dv)
+
+
+@rule("RotaryEmbedding")
+@rule("RotaryEmbedding", domain=CONTRIB)
+def rotary(scene: Scene, node: ir.Node) -> None:
+    """Pairs of entries of each head are turned: half the head apart, or beside each other."""
+    scene.same(node.inputs[0], node.outputs[0])
+    axis = scene.axes(node.inputs[0])[-1]
+    if len(scene.axes(node.inputs[0])) == 3:
+        count = node.attributes.get_int("num_heads", 0)
+        if not count:
+            return scene.freeze_axis(axis, f"the heads of the rotary embedding {node.name}")
+        _, axis = scene.unifier.split_product(axis, (count,) * scene.unifier.runs)
+    scene.freeze_axis(axis, f"rotary positions turn its entries in pairs ({node.name})")
