@@ -215,9 +215,25 @@ class Scene:
             axes.append(tuple(j for i in covered for j in weight.axes[i]) if done > start else ())
         self._weights[made] = Weight(weight.stored, tuple(axes), weight.offset)
 
-    def contract(self, node: ir.Node, left: ir.Value, right: ir.Value, a: Axis, b: Axis) -> None:
-        """Two values are multiplied and summed over one axis."""
-        self.unify(a, b)
+    def derive_scaled(self, node: ir.Node) -> bool:
+        """A weight times a number, or plus one, is still that weight; whether the operator is such a one."""
+        weights = [value for value in node.inputs if value is not None and self._is_large(value)]
+        others = [value for value in node.inputs if value is not None and value not in weights]
+        if len(weights) != 1 or weights[0] not in self._weights or node.op_type not in ("Add", "Sub", "Mul", "Div"):
+            return False
+        numbers = [self.constant(value) for value in others]
+        if not all(number is not None and number.size == 1 for number in numbers) or self._moves_rank(node, weights[0]):
+            return False
+        weight = self._weights[weights[0]]
+        added = float(numbers[0].reshape(-1)[0]) if numbers and node.op_type == "Add" else 0.0  # type: ignore[union-attr]
+        self._weights[node.outputs[0]] = Weight(weight.stored, weight.axes, weight.offset + added)
+        return True
+
+    def _is_large(self, value: ir.Value) -> bool:
+        return any(axis != ONE for axis in self.axes(value))
+
+    def _moves_rank(self, node: ir.Node, weight: ir.Value) -> bool:
+        return len(self.axes(weight)) != len(self.axes(node.outputs[0]))
 
     def attends(self, node: ir.Node, heads: Axis, kv_heads: Axis, scores: Axis, values: Axis) -> None:
         """An operator is a whole attention."""

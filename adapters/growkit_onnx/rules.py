@@ -6,7 +6,7 @@ A rule is given the scene and a node. It says which axes are one (``scene.unify`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -68,9 +68,11 @@ def unknown(scene: Scene, node: ir.Node) -> None:
 @rule("BiasGelu", "FastGelu", "BiasAdd", domain=CONTRIB)
 def elementwise(scene: Scene, node: ir.Node) -> None:
     (out,) = node.outputs
-    for value in node.inputs:
-        if value is not None:
-            broadcast(scene, value, scene.axes(out))
+    given = [value for value in node.inputs if value is not None]
+    for value in given:
+        broadcast(scene, value, scene.axes(out))
+    if not scene.derive_scaled(node):
+        for value in given:
             scene.play(value, "scale" if node.op_type in ("Mul", "Div", "PRelu", "Pow") else "write")
 
 
@@ -113,7 +115,7 @@ def matmul(scene: Scene, node: ir.Node) -> None:
         b[-2:] = b[:-3:-1]
     if any(node.attributes.get_int(f"transBatch{side}", 0) for side in "AB"):
         return unknown(scene, node)
-    scene.contract(node, left, right, a[-1], b[-2] if len(b) > 1 else b[0])
+    scene.unify(a[-1], b[-2] if len(b) > 1 else b[0])
     rows = [a[-2]] if len(a) > 1 else []
     columns = [b[-1]] if len(b) > 1 else []
     for mine, other in zip(rows + columns, out[len(out) - len(rows + columns) :], strict=True):
@@ -123,16 +125,8 @@ def matmul(scene: Scene, node: ir.Node) -> None:
         for mine, other in zip(lead[::-1], batch[::-1], strict=False):
             if mine != ONE:
                 scene.unify(mine, other)
-    scene.play(left, "write", read=[scene.axes(left).index(a[-1])] if scene.is_weight(left) else ())
-    scene.play(right, "write", read=_positions(scene, right, b[-2] if len(b) > 1 else b[0], node, "transB"))
-
-
-def _positions(scene: Scene, value: ir.Value, contracted: Axis, node: ir.Node, flag: str) -> Sequence[int]:
-    """Where in the storage of ``value`` the contracted axis stands."""
-    if not scene.is_weight(value):
-        return ()
-    rank = len(scene.axes(value))
-    return [rank - 1 if node.attributes.get_int(flag, 0) or rank == 1 else rank - 2]
+    scene.play(left, "write", read=[max(len(a) - (2 if node.attributes.get_int("transA", 0) else 1), 0)])
+    scene.play(right, "write", read=[max(len(b) - (1 if node.attributes.get_int("transB", 0) else 2), 0)])
 
 
 @rule("Gemm")
@@ -141,7 +135,7 @@ def gemm(scene: Scene, node: ir.Node) -> None:
     trans = [node.attributes.get_int(f"trans{side}", 0) for side in "AB"]
     a, b, out = scene.axes(left), scene.axes(right), scene.axes(node.outputs[0])
     a, b = (axes[::-1] if t else axes for axes, t in zip((a, b), trans, strict=True))
-    scene.contract(node, left, right, a[1], b[0])
+    scene.unify(a[1], b[0])
     scene.unify(a[0], out[0])
     scene.unify(b[1], out[1])
     scene.play(left, "write", read=[0 if trans[0] else 1])
@@ -165,9 +159,6 @@ def einsum(scene: Scene, node: ir.Node) -> None:
             if axis != ONE:
                 scene.unify(axis, letters.setdefault(letter, axis))
         scene.play(value, "write", read=[i for i, letter in enumerate(term) if letter not in out])
-    if len(inputs) == 2:
-        for letter in sorted(set.intersection(*map(set, terms.split(","))) - set(out)):
-            scene.contract(node, *inputs, letters[letter], letters[letter])
 
 
 @rule("Conv")

@@ -1,0 +1,149 @@
+"""Trial runs: a graph run without data at two sizes of its dynamic inputs.
+
+Sizes are primes that no other size of the file has as a factor, so that reshapes never align by chance. A file may say
+too little of its inputs (dynamo gives each input a symbol of its own), so looser readings follow where one fails.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from growkit_onnx.execute import probe
+from growkit_specs import GrowkitError, UnsupportedModel
+
+_PRIMES = (7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47)
+_BATCH = (2, 3)
+_SHORT = (5, 7)
+"""For position tables that are shorter than the primes."""
+
+_DTYPES = {"FLOAT": "float32", "DOUBLE": "float64", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
+_DTYPES |= {"INT64": "int64", "INT32": "int32", "INT8": "int8", "UINT8": "uint8", "BOOL": "bool", "INT16": "int16"}
+
+Dimension = int | str
+Reading = Callable[[str, int, Dimension], object]
+"""Which dimensions are one: a key for a dimension of an input, given the input's name, the axis and what it is called."""
+
+
+def trial_runs(model: ir.Model) -> tuple[list[dict[ir.Value, Any]], list[dict[str, torch.Tensor]]]:
+    """Two runs at different sizes, and the inputs they were given.
+
+    Raises:
+        UnsupportedModel: Where no reading of the inputs' dimensions runs; the first reason is told.
+    """
+    failure: str | None = None
+    for sizes in _readings(model):
+        try:
+            inputs = [_inputs(model, run) for run in sizes]
+            return [probe(model, given) for given in inputs], inputs
+        except UnsupportedModel:
+            raise
+        except (GrowkitError, RuntimeError, ValueError, IndexError, TypeError, ZeroDivisionError) as error:
+            failure = failure or str(error).splitlines()[0][:200]
+    raise UnsupportedModel(f"the graph does not run at trial sizes of its inputs: {failure}")
+
+
+def _readings(model: ir.Model) -> Iterator[list[dict[tuple[str, int], int]]]:
+    """The sizes of every input's dimensions in both runs, for each reading of what is dynamic."""
+    graph = model.graph
+    taken = {size for value in graph.initializers.values() for size in _numbers(value)}
+    primes = [p for p in _PRIMES if all(size % p or size == 0 for size in taken)] or list(_PRIMES)
+    for choice in (primes, list(_SHORT)):
+        for key in (_by_name, _by_axis):
+            yield [_sized(graph, key, choice, run) for run in (0, 1)]
+
+
+def _numbers(value: ir.Value) -> Iterator[int]:
+    for size in value.shape or ():
+        if isinstance(size, int):
+            yield size
+
+
+def _by_name(name: str, axis: int, dimension: Dimension) -> object:
+    return dimension
+
+
+def _by_axis(name: str, axis: int, dimension: Dimension) -> object:
+    """Batch first, then the sequence: what exporters mean when they name each input's dimensions apart."""
+    return ("axis", axis)
+
+
+def _sized(graph: ir.Graph, key: Reading, primes: list[int], run: int) -> dict[tuple[str, int], int]:
+    """The size of every dynamic dimension of the inputs."""
+    sizes: dict[object, int] = {}
+    found: dict[tuple[str, int], int] = {}
+    sums: list[tuple[tuple[str, int], str]] = []
+    for value in _fed(graph):
+        for axis, dimension in enumerate(value.shape or ()):
+            if isinstance(dimension, int):
+                continue
+            text = str(dimension.value) if dimension.value is not None else f"{value.name}.{axis}"
+            if key is _by_name and not text.replace(".", "_").isidentifier() and _is_sum(text):
+                sums.append(((str(value.name), axis), text))
+                continue
+            which = key(str(value.name), axis, text)
+            if which not in sizes:
+                order = len([k for k in sizes if k != "batch"])
+                sizes[which] = _BATCH[run] if axis == 0 else primes[(2 * order + run) % len(primes)]
+            found[str(value.name), axis] = sizes[which]
+    for place, text in sums:
+        found[place] = _evaluated(text, sizes, primes[run])
+    return found
+
+
+def _is_sum(text: str) -> bool:
+    try:
+        ast.parse(text, mode="eval")
+    except SyntaxError:
+        return False
+    return True
+
+
+def _evaluated(text: str, sizes: Mapping[object, int], otherwise: int) -> int:
+    """``past_sequence_length + sequence_length`` at the sizes of its names."""
+    tree = ast.parse(text, mode="eval").body
+
+    def value(node: ast.expr) -> int:
+        match node:
+            case ast.Constant(int(number)):
+                return number
+            case ast.Name(name):
+                return sizes.get(name, otherwise)
+            case ast.BinOp(left, ast.Add(), right):
+                return value(left) + value(right)
+            case ast.BinOp(left, ast.Sub(), right):
+                return value(left) - value(right)
+            case ast.BinOp(left, ast.Mult(), right):
+                return value(left) * value(right)
+            case ast.BinOp(left, ast.FloorDiv(), right):
+                return value(left) // value(right)
+        return otherwise
+
+    return value(tree)
+
+
+def _fed(graph: ir.Graph) -> list[ir.Value]:
+    """The inputs that are no initializers."""
+    return [value for value in graph.inputs if value.name not in graph.initializers]
+
+
+def _inputs(model: ir.Model, sizes: Mapping[tuple[str, int], int]) -> dict[str, torch.Tensor]:
+    """Floats without data; ones where integers or truth values are asked for, which every table and mask has."""
+    made = {}
+    for value in _fed(model.graph):
+        shape = [
+            dimension if isinstance(dimension, int) else sizes[str(value.name), axis]
+            for axis, dimension in enumerate(value.shape or ())
+        ]
+        if value.dtype is None or value.dtype.name not in _DTYPES:
+            raise UnsupportedModel(f"the input {value.name} is of type {value.dtype}; expected numbers")
+        dtype = getattr(torch, _DTYPES[value.dtype.name])
+        if dtype.is_floating_point:
+            made[str(value.name)] = torch.empty(shape, dtype=dtype, device="meta")
+        else:
+            made[str(value.name)] = torch.ones(shape, dtype=dtype)
+    return made
