@@ -274,6 +274,11 @@ def _check_call(model: ir.Model, call: ir.Node, function: ir.Function) -> None:
             f"{call.name or 'a node'}: expected at most the {len(function.inputs)} inputs of the function {name}, "
             f"got {len(call.inputs)}"
         )
+    if len({value for value in function.outputs if not value.is_graph_input()}) != len(function.outputs):
+        raise UnsupportedModel(
+            f"the function {name} returns an input, or one value twice; expected a value of its own for every output; "
+            "put an Identity in front of it"
+        )
     domains = {node.domain for node in ir.traversal.RecursiveGraphIterator(function.graph)}
     for domain, version in function.opset_imports.items():
         own = model.opset_imports.setdefault(domain, version)
@@ -293,7 +298,6 @@ def _inline(call: ir.Node, function: ir.Function, names: _Names) -> list[ir.Node
     """
     graph, body = call.graph, function.clone().graph
     assert graph is not None
-    outputs = _own_outputs(body)
     made = list(ir.traversal.RecursiveGraphIterator(body))
     attributes = {**function.attributes, **call.attributes}
     for node in made:
@@ -304,8 +308,8 @@ def _inline(call: ir.Node, function: ir.Function, names: _Names) -> list[ir.Node
     for parameter, argument in zip_longest(body.inputs, call.inputs):
         for user, index in parameter.uses():
             user.replace_input_with(index, argument)
+    outputs, nodes = list(body.outputs), list(body)
     body.outputs.clear()
-    nodes = list(body)
     body.remove(nodes)
     graph.insert_before(call, nodes)
     for old, new in zip(call.outputs, outputs, strict=False):
@@ -335,18 +339,6 @@ def _rename(body: ir.Graph, nodes: Iterable[ir.Node], prefix: str, names: _Names
     for value in dict.fromkeys([*inner, *(output for node in nodes for output in node.outputs)]):
         if value.name:
             value.name = names.fresh(f"{prefix}/{value.name}")
-
-
-def _own_outputs(body: ir.Graph) -> list[ir.Value]:
-    """The outputs of a body, each a value of its own: behind an Identity where it is an input or another output."""
-    outputs: list[ir.Value] = []
-    for value in body.outputs:
-        if value in outputs or value.is_graph_input():
-            node = ir.Node("", "Identity", [value])
-            body.append(node)
-            value = node.outputs[0]
-        outputs.append(value)
-    return outputs
 
 
 # Initializers that are inputs, constants that are weights
@@ -758,6 +750,7 @@ def _put_together(graph: ir.Graph, norm: ir.Node, match: _Match) -> None:
     )
     for new in fused.outputs:
         new.name = ""
+    fused.outputs[-1].name = f"{_name(norm.outputs[0])}/{fusion.outputs[len(fused.outputs) - 1]}"  # or it is cut off
     graph.insert_before(norm, fused)
     for new, old, is_read in zip(fused.outputs, outputs, read, strict=False):
         if old is not None and is_read:

@@ -1,5 +1,6 @@
 """Normalising keeps the function, makes every use private, and is undone by restoring."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,9 +30,7 @@ def node(op: str, reads: str, makes: str, name: str = "", **attributes: Any) -> 
 
 
 def constant(makes: str, value: Any, dtype: Any = np.int64) -> onnx.NodeProto:
-    return helper.make_node(
-        "Constant", [], [makes], makes + "_node", value=numpy_helper.from_array(np.array(value, dtype))
-    )
+    return node("Constant", "", makes, value=numpy_helper.from_array(np.array(value, dtype)))
 
 
 def random(seed: int, *shape: int) -> np.ndarray:
@@ -48,6 +47,7 @@ def model(
     functions: Sequence[onnx.FunctionProto] = (),
     exposed: Sequence[str] = (),
     ir_version: int = 8,
+    shape: Sequence[int] | None = None,
 ) -> onnx.ModelProto:
     """A model; `exposed` initializers are inputs, too."""
     tensors = feeds | {name: weights[name] for name in exposed}
@@ -55,7 +55,7 @@ def model(
         helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
         for name, array in tensors.items()
     ]
-    results = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in outputs.split()]
+    results = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name in outputs.split()]
     initializers = [numpy_helper.from_array(array, name) for name, array in weights.items()]
     imports = [helper.make_opsetid("", opset), helper.make_opsetid(MICROSOFT, 1)]
     imports += [helper.make_opsetid(domain, 1) for domain in sorted({f.domain for f in functions})]
@@ -72,7 +72,7 @@ def run(proto: onnx.ModelProto, feeds: Arrays) -> Arrays:
 
 
 def equal(first: Arrays, second: Arrays) -> bool:
-    return first.keys() == second.keys() and all(np.allclose(first[k], second[k], rtol=0, atol=1e-6) for k in first)
+    return first.keys() == second.keys() and all(np.allclose(first[k], second[k], rtol=1e-6, atol=1e-6) for k in first)
 
 
 def content(proto: onnx.ModelProto) -> Any:
@@ -106,6 +106,11 @@ def operators(loaded: ir.Model) -> Counter[str]:
     return Counter(n.op_type for n in loaded.graph)
 
 
+def load(proto: onnx.ModelProto) -> ir.Model:
+    """The model, of a copy: the tensors of `ir.from_proto` write their names into the proto that they come from."""
+    return ir.from_proto(onnx.ModelProto.FromString(proto.SerializeToString()))
+
+
 def proto_of(loaded: ir.Model) -> onnx.ModelProto:
     proto = ir.to_proto(loaded)
     names = [name for n in proto.graph.node for name in n.output if name]
@@ -119,7 +124,7 @@ def there_and_back(
 ) -> tuple[ir.Model, onnx.ModelProto]:
     """The normalised and the restored model, of which both compute what the original computes."""
     before = run(proto, feeds)
-    loaded = ir.from_proto(proto)
+    loaded = load(proto)
     done = normalise(loaded)
     assert private(loaded)
     assert equal(run(proto_of(loaded), feeds), before)
@@ -184,7 +189,7 @@ def test_what_is_shared_becomes_private_and_shared_again(case: str) -> None:
 
 
 def test_copies_share_the_data() -> None:
-    loaded = ir.from_proto(model(SHARED["by nodes"][0], X, W))
+    loaded = load(model(SHARED["by nodes"][0], X, W))
     done = normalise(loaded)
     first, second = loaded.graph.initializers["w"], loaded.graph.initializers["w_2"]
     assert first.const_value is second.const_value
@@ -193,21 +198,17 @@ def test_copies_share_the_data() -> None:
 
 def test_copies_that_differ_stay_apart() -> None:
     nodes = [node("MatMul", "x w", "a"), node("MatMul", "a w", "c"), node("MatMul", "c w", "y")]
-    loaded = ir.from_proto(model(nodes, X, {"w": W["w"]}))
+    loaded = load(model(nodes, X, {"w": W["w"]}))
     done = normalise(loaded)
     for name in ("w_2", "w_3"):
         loaded.graph.initializers[name].const_value = ir.tensor(2 * W["w"])
     restore(loaded, done)
-    assert {
-        name: value.const_value.numpy()[0, 0] / W["w"][0, 0] for name, value in loaded.graph.initializers.items()
-    } == {
-        "w": 1,
-        "w_2": 2,
-    }
+    weights = {name: value.const_value.numpy() for name, value in loaded.graph.initializers.items()}
+    assert {name: weight[0, 0] / W["w"][0, 0] for name, weight in weights.items()} == {"w": 1, "w_2": 2}
 
 
 def test_the_caller_says_what_is_equal() -> None:
-    loaded = ir.from_proto(model(SHARED["by nodes"][0], X, W))
+    loaded = load(model(SHARED["by nodes"][0], X, W))
     done = normalise(loaded)
     restore(loaded, done, same=lambda a, b: False)
     assert {"w", "w_2"} <= loaded.graph.initializers.keys()
@@ -282,7 +283,7 @@ def test_identities_and_idle_dropout_go() -> None:
 
 def test_dropout_whose_mask_is_read_is_an_obstacle() -> None:
     nodes = [node("Dropout", "x", "a mask"), node("Cast", "mask", "b", to=1), node("Add", "a b", "y")]
-    loaded = ir.from_proto(model(nodes, X, {}))
+    loaded = load(model(nodes, X, {}))
     done = normalise(loaded)
     assert [(n.op_type, "mask is read" in reason) for n, reason in done.obstacles] == [("Dropout", True)]
     assert operators(loaded)["Dropout"] == 1
@@ -303,7 +304,7 @@ def test_subgraphs_are_noted_and_read_their_own_copies() -> None:
     normalised, restored = there_and_back(proto, feeds)
     assert len([name for name in normalised.graph.initializers if name.startswith("w")]) == 3
     assert content(restored)[1:] == content(proto)[1:]
-    assert [(n.op_type, reason) for n, reason in normalise(ir.from_proto(proto)).obstacles] == [
+    assert [(n.op_type, reason) for n, reason in normalise(load(proto)).obstacles] == [
         ("If", "If holds a graph of its own")
     ]
 
@@ -318,9 +319,9 @@ def function(
     return helper.make_function("local", name, inputs.split(), outputs.split(), list(nodes), imports, **more)
 
 
-def referring(op: str, reads: str, makes: str, **references: tuple[str, int]) -> onnx.NodeProto:
+def referring(op: str, reads: str, makes: str, domain: str = "", **references: tuple[str, int]) -> onnx.NodeProto:
     """A node with attributes that are those of the function it stands in."""
-    made = node(op, reads, makes)
+    made = node(op, reads, makes, domain=domain)
     for name, (outer, kind) in references.items():
         made.attribute.append(onnx.AttributeProto(name=name, ref_attr_name=outer, type=kind))
     return made
@@ -339,27 +340,23 @@ def functions() -> list[onnx.FunctionProto]:
     block = function(
         "block",
         "x w scale shift",
-        "y skip same",
+        "y skip",
         [
             node("MatMul", "x w", "h", name="dense"),
-            referring("norm", "h scale shift", "n", eps=("eps", FLOAT)),
+            referring("norm", "h scale shift", "n", eps=("eps", FLOAT), domain="local"),
             node("Add", "x n", "y"),
-            node("Identity", "y", "same"),
+            node("Identity", "x", "skip"),
         ],
         attributes=["eps"],
     )
-    block.node[1].domain = "local"
-    del block.output[:]
-    block.output.extend(["y", "x", "y"])  # an input and one value twice
     return [norm, block]
 
 
 def test_functions_are_inlined() -> None:
     nodes = [
-        node("block", "x w b unit", "a skip _", name="layer.0", domain="local", eps=0.25),
-        node("block", "a w b _", "c skip2 again", name="layer.1", domain="local"),
-        node("Add", "c again", "d"),
-        node("Sub", "d skip2", "y"),
+        node("block", "x w b unit", "a skip", name="layer.0", domain="local", eps=0.25),
+        node("block", "a w b _", "c skip2", name="layer.1", domain="local"),
+        node("Sub", "c skip2", "y"),
     ]
     nodes[0].metadata_props.add(key="module", value="layer.0")
     proto = model(nodes, X, {k: W[k] for k in ("w", "b", "unit")}, "y skip", functions=functions())
@@ -373,17 +370,27 @@ def test_functions_are_inlined() -> None:
     assert epsilons == [0.25, 0.5]
 
 
-def test_functions_that_cannot_be_inlined() -> None:
-    nodes = [node("f", "x", "y", domain="local")]
-    circle = function("f", "x", "y", [node("f", "x", "y", domain="local")])
-    with pytest.raises(InvalidModel, match="the function local::f calls itself"):
-        normalise(ir.from_proto(model(nodes, X, {}, functions=[circle])))
-    older = function("f", "x", "y", [node("Relu", "x", "y")], opset=13)
-    with pytest.raises(UnsupportedModel, match="version 13 of the operator set 'ai.onnx', expected the model's 17"):
-        normalise(ir.from_proto(model(nodes, X, {}, functions=[older])))
-    few = function("f", "", "y", [constant("y", 1.0, np.float32)])
-    with pytest.raises(InvalidModel, match="y_node: expected at most the 0 inputs of the function local::f, got 1"):
-        normalise(ir.from_proto(model(nodes, X, {}, functions=[few])))
+NOT_INLINED = {
+    "a circle": (function("f", "x", "y", [node("f", "x", "y", domain="local")]), InvalidModel, "local::f calls itself"),
+    "another version": (
+        function("f", "x", "y", [node("Relu", "x", "y")], opset=13),
+        UnsupportedModel,
+        "version 13 of the operator set 'ai.onnx', expected the model's 17",
+    ),
+    "too many inputs": (
+        function("f", "", "y", [constant("y", 1.0, np.float32)]),
+        InvalidModel,
+        "y_node: expected at most the 0 inputs of the function local::f, got 1",
+    ),
+    "an input returned": (function("f", "x", "x", []), UnsupportedModel, "the function local::f returns an input"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_INLINED)
+def test_functions_that_cannot_be_inlined(case: str) -> None:
+    called, error, message = NOT_INLINED[case]
+    with pytest.raises(error, match=re.escape(message)):
+        normalise(load(model([node("f", "x", "y", domain="local")], X, {}, functions=[called])))
 
 
 # Fused operators
@@ -437,7 +444,7 @@ def residual_stack(layers: int = 2) -> onnx.ModelProto:
 @pytest.mark.parametrize("suffix", ["", ".clone"])
 def test_clones_are_fused_like_their_model(suffix: str) -> None:
     proto = residual_stack()
-    loaded = ir.from_proto(proto)
+    loaded = load(proto)
     done = normalise(loaded)
     graph = loaded.graph
     block = [n for n in graph if n.metadata_props.get(FUSED, "").startswith("1:")]
@@ -465,7 +472,7 @@ def test_clones_are_fused_like_their_model(suffix: str) -> None:
 
 
 def test_a_changed_group_stays_apart_and_an_epsilon_goes_back() -> None:
-    loaded = ir.from_proto(residual_stack(3))
+    loaded = load(residual_stack(3))
     done = normalise(loaded)
     norms = [n for n in loaded.graph if n.op_type == "LayerNormalization"]
     norms[1].attributes["epsilon"] = ir.AttrFloat32("epsilon", 0.125)
@@ -487,7 +494,7 @@ def test_a_changed_group_stays_apart_and_an_epsilon_goes_back() -> None:
 
 def test_fused_norms_whose_mean_is_read_are_obstacles() -> None:
     nodes = [*skip_block("SkipLayerNormalization", "{b} x g", "a mean", "x", 0), node("Add", "a mean", "y")]
-    loaded = ir.from_proto(model(nodes, X, {"g": NORM["g"], "w": W["w"]}))
+    loaded = load(model(nodes, X, {"g": NORM["g"], "w": W["w"]}))
     done = normalise(loaded)
     assert [reason for _, reason in done.obstacles] == ["SkipLayerNormalization has its output mean read"]
     assert operators(loaded)["SkipLayerNormalization"] == 1
@@ -510,7 +517,7 @@ EMBEDDINGS = {
     "every input": ("ids segments words places kinds g beta mask positions", "e index sum"),
     "no positions": ("ids segments words places kinds g beta mask", "e index sum"),
     "no segments": ("ids _ words places _ g beta mask", "e index"),
-    "only what is needed": ("ids _ words places _ g beta", "e"),
+    "only what is needed": ("ids _ words places _ g beta", "e e/mask_index"),
 }
 
 
@@ -522,7 +529,7 @@ def test_fused_embeddings(form: str, opset: int) -> None:
     weights = {name: array for name, array in (TABLES | NORM).items() if name in reads.split()}
     nodes = [node("EmbedLayerNormalization", reads, makes, "embed", domain=MICROSOFT, epsilon=1e-12)]
     outputs = ["e"]
-    if "index" in makes:
+    if "index" in makes.split():
         nodes.append(node("Cast", "index", "valid", to=onnx.TensorProto.FLOAT))
         outputs.append("valid")
     outputs += ["sum"] if "sum" in makes else []
@@ -538,7 +545,7 @@ def test_fused_embeddings(form: str, opset: int) -> None:
 @st.composite
 def shared_graphs(draw: st.DrawFn) -> onnx.ModelProto:
     """A chain of nodes that read a few weights in a few ways."""
-    weights = {f"w{i}": random(i, HIDDEN, HIDDEN) for i in range(3)} | {"shape": np.array([HIDDEN, HIDDEN])}
+    weights = {f"w{i}": random(i, HIDDEN, HIDDEN) / HIDDEN for i in range(3)} | {"shape": np.array([HIDDEN, HIDDEN])}
     nodes, values = [], list(weights)[:3]
     for i in range(draw(st.integers(1, 8))):
         op = draw(st.sampled_from(["Identity", "Transpose", "Reshape", "Dropout"]))
@@ -551,15 +558,13 @@ def shared_graphs(draw: st.DrawFn) -> onnx.ModelProto:
         nodes.append(node(op, last if op == "Identity" else f"{last} {draw(st.sampled_from(values))}", f"a{i}"))
         last = f"a{i}"
     outputs = dict.fromkeys([last, *draw(st.lists(st.sampled_from(values), max_size=2, unique=True))])
-    return model(nodes, {"x": random(0, HIDDEN, HIDDEN)}, weights, " ".join(outputs))
+    return model(nodes, {"x": random(0, HIDDEN, HIDDEN)}, weights, " ".join(outputs), shape=[HIDDEN, HIDDEN])
 
 
 @given(shared_graphs())
 def test_random_graphs(proto: onnx.ModelProto) -> None:
     feeds = {"x": random(0, HIDDEN, HIDDEN)}
-    expected = run(proto, feeds)
-    normalised, restored = there_and_back(proto, {name: array / 2**0 for name, array in feeds.items()})
-    assert all(np.isfinite(array).all() for array in expected.values())
+    normalised, restored = there_and_back(proto, feeds)
     weights = {w.name for w in proto.graph.initializer}
     assert {w.name for w in restored.graph.initializer} <= weights | {v for n in proto.graph.node for v in n.output}
     assert len(restored.graph.initializer) <= len(weights)
