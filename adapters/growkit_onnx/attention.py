@@ -295,7 +295,7 @@ def _skip_layer_norm(
     op: Operation, x: Tensor, skip: Tensor, scale: Tensor, shift: Tensor | None = None, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     total = x + skip if bias is None else x + skip + bias
-    y, mean, inverse = standardised(widened(total), [-1], op.get("epsilon", 1e-5))
+    y, mean, inverse = standardised(widened(total), [-1], op.get("epsilon", 1e-12))
     y = y.to(x.dtype) * scale
     return y if shift is None else y + shift, mean, inverse, total
 
@@ -305,8 +305,8 @@ def _skip_rms_norm(
     op: Operation, x: Tensor, skip: Tensor, scale: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, None, Tensor, Tensor]:
     total = x + skip if bias is None else x + skip + bias
-    y, inverse = rms_norm(op, total, scale)
-    return y, None, inverse, total
+    y, _, inverse = standardised(widened(total), [-1], op.get("epsilon", 1e-12), centred=False)
+    return y.to(x.dtype) * scale, None, inverse, total
 
 
 @operator("EmbedLayerNormalization", domain=MICROSOFT)

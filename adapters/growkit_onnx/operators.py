@@ -249,9 +249,9 @@ def _non_zero(op: Operation, x: Tensor) -> Tensor:
     return torch.nonzero(x).T
 
 
-@operator("Dropout")
-def _dropout(op: Operation, x: Tensor, ratio: Any = None, training: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    if training is not None and any(op.read(training)):
+@operator("Dropout", reads=[1, 2])
+def _dropout(op: Operation, x: Tensor, ratio: Any = None, training: Numbers | None = None) -> tuple[Tensor, Tensor]:
+    if training and training[0]:
         raise op.refuse("training mode")
     return x, torch.ones_like(x, dtype=torch.bool)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -123,12 +122,13 @@ COORDINATES: dict[str, Callable[[int, int, int, float], float]] = {
 }
 
 
-def _taps(op: Operation, position: float) -> list[tuple[int, float]]:
+def _taps(op: Operation, position: float, scale: float) -> list[tuple[int, float]]:
     """The entries of the old axis that make up one at this position, and how much of each."""
     mode, base = op.get("mode", "nearest"), math.floor(position)
     t = position - base
     if mode == "nearest":
-        return [(NEAREST[op.get("nearest_mode", "round_prefer_floor")](position), 1.0)]
+        default = "round_prefer_floor" if op.opset > 10 else "floor" if scale >= 1 else "ceil"
+        return [(NEAREST[op.get("nearest_mode", default)](position), 1.0)]
     if mode == "linear":
         return [(base, 1 - t), (base + 1, t)]
     a = op.get("cubic_coeff_a", -0.75)
@@ -147,7 +147,7 @@ def _resized(op: Operation, x: Tensor, axis: int, size: int, scale: float) -> Te
     place = COORDINATES[op.get("coordinate_transformation_mode", "half_pixel" if op.opset > 10 else "asymmetric")]
     rows = [[0.0] * old for _ in range(size)]
     for i, row in enumerate(rows):
-        for position, share in _taps(op, place(i, old, size, scale)):
+        for position, share in _taps(op, place(i, old, size, scale), scale):
             row[min(max(position, 0), old - 1)] += share
     matrix = torch.tensor(rows, dtype=x.dtype, device=x.device)
     return (x.movedim(axis, -1) @ matrix.T).movedim(-1, axis)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,9 @@ import numpy as np
 from growkit.adapters import Adapter
 from growkit.matrices import Array
 from growkit.model import Model
+from growkit.staging import staged_directory
 from growkit.weights import dtype_of
-from growkit_specs import GrowkitError, LayerGraph, Recipe, Tensor
+from growkit_specs import LayerGraph, Recipe, Tensor
 from growkit_torch.libraries import library_of
 from growkit_torch.read import INDEX, OPERATOR, RECIPE, SINGLE, Origin, read_directory
 from growkit_torch.safetensors_file import write_file
@@ -55,7 +54,7 @@ def write_directory(
     Raises:
         GrowkitError: Where it cannot be written; nothing is left behind.
     """
-    with _staged(destination, model.bytes) as folder:
+    with staged_directory(destination, model.bytes) as folder:
         if like.path is not None:
             _carry_over(like.path, folder, model.graph)
         _write_json(folder / "config.json", library_of(like).document(like, model.graph))
@@ -68,48 +67,6 @@ def write_directory(
                 )
             _describe(folder / "README.md", model)
         check(read_directory(adapter, folder))
-
-
-@contextmanager
-def _staged(destination: Path, needed: int) -> Iterator[Path]:
-    """A folder beside ``destination`` that takes its name when all has gone well, and vanishes otherwise."""
-    destination = destination.absolute()
-    try:
-        free = shutil.disk_usage(destination.parent).free
-        if free < needed:
-            raise GrowkitError(
-                f"{destination.parent}: no space left: {needed:,} bytes needed, {free:,} free; nothing was written"
-            )
-        folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".partial", dir=destination.parent))
-    except OSError as error:
-        raise GrowkitError(f"{destination.parent}: {error.strerror}; nothing was written") from None
-    try:
-        yield folder
-        for path in folder.rglob("*"):
-            _sync(path)
-        folder.chmod(0o777 & ~_umask())
-        if destination.exists():
-            raise GrowkitError(f"{destination} appeared meanwhile; growkit overwrites nothing")
-        folder.rename(destination)
-        _sync(destination.parent)
-    except OSError as error:
-        raise GrowkitError(f"{destination}: {error.strerror or error}; nothing was written") from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write_json(path: Path, data: Any) -> None:
