@@ -375,7 +375,7 @@ class _Branch:
             return []
         groups: dict[Norm | None, list[tuple[ir.Node, Weight]]] = {}
         own = [self._read_through(node) for node, _ in weights if self._reads_stream(node)]
-        writers = [node for node, _ in weights if self._writes_stream(node)]
+        writes = any(self._writes_stream(node) for node, _ in weights)
         main = self._main_norm(own, weights)
         for node, weight in weights:
             norm = self._read_through(node) if self._reads_stream(node) else self._bias_norm(node, main)
@@ -383,7 +383,7 @@ class _Branch:
         if main not in groups:
             groups.setdefault(main, [])
         ordered = sorted(groups.items(), key=lambda item: item[0] is not main)
-        kind, name = self._kind(weights, bool(writers))
+        kind, name = self._kind(weights, writes)
         drafts = []
         for i, (norm, members) in enumerate(ordered):
             if members:
@@ -393,11 +393,13 @@ class _Branch:
 
     def _matters(self, weight: Weight) -> bool:
         """Whether a weight is trained, and not one of the numbers a computation needs."""
-        axes = [axis for axis in self.scene.axes(weight.stored) if axis != ONE]
-        return bool(axes) and (len(axes) > 1 or any(self._is_space(axis) for axis in axes))
+        sides = [axis for axis in self.scene.axes(weight.stored) if axis != ONE]
+        return len(sides) > 1 or (bool(sides) and self._touches_stream)
 
-    def _is_space(self, axis: Axis) -> bool:
-        return self.d.names.axis(axis) != Fixed(self.scene.sizes(axis)[0])
+    @cached_property
+    def _touches_stream(self) -> bool:
+        carries = self.d.stream.carries
+        return any(v is not None and carries(v) for node in self.nodes for v in (*node.inputs, *node.outputs))
 
     # --- attention ---------------------------------------------------------------------------------------------------
 

@@ -70,6 +70,10 @@ class Unifier:
             case Concatenation(parts):
                 return tuple(sum(each) for each in zip(*map(self.sizes, parts), strict=True))
 
+    def spaces(self) -> dict[str, Sizes]:
+        """The sizes of every unknown space, refined ones included."""
+        return dict(self._sizes)
+
     def resolve(self, axis: Axis) -> Axis:
         """``axis`` in terms of the spaces that are not refined any further."""
         match axis:
