@@ -672,6 +672,7 @@ def _rewire(graph: ir.Graph, stack: Blocks, copies: Sequence[_Copy]) -> tuple[Bl
             if value is old:
                 graph.outputs[index] = new
                 old.name, new.name = new.name, old.name
+                new.type, new.shape = old.type, old.shape.copy() if old.shape is not None else None
     return tuple(blocks)
 
 
