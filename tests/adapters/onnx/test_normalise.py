@@ -124,13 +124,16 @@ def proto_of(loaded: ir.Model) -> onnx.ModelProto:
 def there_and_back(
     proto: onnx.ModelProto, feeds: Arrays, between: Callable[[ir.Model], None] = lambda _: None
 ) -> tuple[ir.Model, onnx.ModelProto]:
-    """The normalised and the restored model, of which both compute what the original computes."""
+    """The normalised and the restored model, of which both compute what the original computes.
+
+    What is restored is the normalised model written and read: nothing but names and marks leads back.
+    """
     before = run(proto, feeds)
     loaded = load(proto)
     done = normalise(loaded)
     assert private(loaded)
     assert equal(run(proto_of(loaded), feeds), before)
-    normalised = loaded.clone()
+    normalised, loaded = loaded, load(proto_of(loaded))
     between(loaded)
     restore(loaded, done)
     assert not marks(loaded)
@@ -175,9 +178,18 @@ SHARED = {
         ],
         "unit shape",
     ),
+    "as a quantised weight": (
+        [
+            node("DequantizeLinear", "small step", "wide"),
+            node("MatMul", "x wide", "a"),
+            node("MatMul", "a wide", "y"),
+        ],
+        "small step",
+    ),
     "as an output of the graph": ([node("MatMul", "x w", "a"), node("Add", "a w2", "y")], "w w2"),
 }
 EXTRA = {"shape": np.array([BATCH, SEQUENCE, HIDDEN]), "w2": random(3, HIDDEN)}
+EXTRA |= {"small": (W["w"] * 50).astype(np.int8), "step": np.array(0.02, np.float32)}
 
 
 @pytest.mark.parametrize("case", SHARED)
@@ -196,6 +208,17 @@ def test_copies_share_the_data() -> None:
     first, second = loaded.graph.initializers["w"], loaded.graph.initializers["w_2"]
     assert first.const_value is second.const_value
     assert done.ties == {"w_2": "w"}
+
+
+def test_no_weight_is_loaded() -> None:
+    def load_it() -> ir.TensorProtocol:
+        raise AssertionError("a weight was loaded")
+
+    loaded = load(model(SHARED["through a transposition"][0], X, {"w": W["w"]}))
+    lazy = ir.LazyTensor(load_it, ir.DataType.FLOAT, ir.Shape([HIDDEN, HIDDEN]))
+    loaded.graph.initializers["w"].const_value = lazy
+    restore(loaded, normalise(loaded))
+    assert [value.const_value for value in loaded.graph.initializers.values()] == [lazy]
 
 
 def test_copies_that_differ_stay_apart() -> None:
@@ -432,6 +455,13 @@ def test_fused_residuals(form: str, opset: int) -> None:
         first = next(n for n in normalised.graph if n.op_type == "Add")
         assert [value.name for value in first.inputs] == ["branch0", "bias"]
     assert content(restored) == content(proto)
+
+
+@pytest.mark.parametrize("op", ["SkipLayerNormalization", "SkipSimplifiedLayerNormalization"])
+def test_an_epsilon_that_is_not_given(op: str) -> None:
+    nodes = [node(op, "x skip g", "y", domain=MICROSOFT)]
+    feeds = {"x": X["x"] * np.float32(1e-4), "skip": X["x"] * np.float32(1e-5)}
+    there_and_back(model(nodes, feeds, {"g": NORM["g"]}), feeds)
 
 
 def residual_stack(layers: int = 2) -> onnx.ModelProto:
