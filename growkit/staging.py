@@ -94,7 +94,7 @@ def _put_in_place(folder: Path, moves: Mapping[Path, Path]) -> None:
         for target in placed:
             target.unlink()
         raise
-    _sync(target.absolute().parent)
+    _sync(folder.parent)
 
 
 def _umask() -> int:

@@ -1,4 +1,4 @@
-"""Attention and rotary positions, of the standard set and of ONNX Runtime's, and what else its optimiser fuses.
+"""Attention and rotary positions, of the standard set and of ONNX Runtime's own.
 
 Inside, queries, keys and values are [batch, heads, positions, head_dim].
 """
@@ -11,10 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from growkit_onnx.operation import Numbers, Operation, Table, torch_dtype
-from growkit_onnx.operators import rms_norm, standardised, widened
-
-MICROSOFT = "com.microsoft"
+from growkit_onnx.operation import MICROSOFT, Numbers, Operation, Table, torch_dtype
+from growkit_onnx.operators import widened
 
 TABLE = Table()
 operator = TABLE.add
@@ -260,9 +258,9 @@ def _group_query_attention(
     bias: Tensor | None = None,
     *more: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    op.allow(smooth_softmax=0, qk_output=0, causal=1, sliding_window_cache=0, k_quant_type="NONE", v_quant_type="NONE")
-    if any(value is not None for value in more):
-        raise op.refuse("a head sink, a quantised cache, or a norm of queries and keys")
+    op.allow(qk_output=0, causal=1, sliding_window_cache=0, k_quant_type="NONE", v_quant_type="NONE")
+    if any(value is not None for value in more) or op.get("smooth_softmax", -1) > 0:
+        raise op.refuse("a head sink, a smooth softmax, a quantised cache, or a norm of queries and keys")
     heads, kv_heads = op.get("num_heads"), op.get("kv_num_heads")
     if k is None or v is None:
         width = q.shape[-1] // (heads + 2 * kv_heads)
@@ -282,79 +280,3 @@ def _group_query_attention(
     hidden = ahead > 0 if window < 0 else (ahead > 0) | (ahead <= -window)
     shares = _softmax(widened(scores.masked_fill(hidden, -torch.inf))).to(q.dtype)
     return _merged(_mixed(shares, v)), k, v
-
-
-# What ONNX Runtime's optimiser fuses
-
-
-operator("SimplifiedLayerNormalization", domain=MICROSOFT)(rms_norm)
-
-
-@operator("SkipLayerNormalization", domain=MICROSOFT)
-def _skip_layer_norm(
-    op: Operation, x: Tensor, skip: Tensor, scale: Tensor, shift: Tensor | None = None, bias: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    total = x + skip if bias is None else x + skip + bias
-    y, mean, inverse = standardised(widened(total), [-1], op.get("epsilon", 1e-12))
-    y = y.to(x.dtype) * scale
-    return y if shift is None else y + shift, mean, inverse, total
-
-
-@operator("SkipSimplifiedLayerNormalization", domain=MICROSOFT)
-def _skip_rms_norm(
-    op: Operation, x: Tensor, skip: Tensor, scale: Tensor, bias: Tensor | None = None
-) -> tuple[Tensor, None, Tensor, Tensor]:
-    total = x + skip if bias is None else x + skip + bias
-    y, _, inverse = standardised(widened(total), [-1], op.get("epsilon", 1e-12), centred=False)
-    return y.to(x.dtype) * scale, None, inverse, total
-
-
-@operator("EmbedLayerNormalization", domain=MICROSOFT)
-def _embed_layer_norm(
-    op: Operation,
-    tokens: Tensor,
-    segments: Tensor | None,
-    word: Tensor,
-    position: Tensor,
-    segment: Tensor | None,
-    scale: Tensor,
-    shift: Tensor,
-    mask: Tensor | None = None,
-    positions: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    if positions is None:
-        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-    total = F.embedding(tokens, word) + F.embedding(positions, position)
-    if segment is not None and segments is not None:
-        total = total + F.embedding(segments, segment)
-    y, _, _ = standardised(widened(total), [-1], op.get("epsilon", 1e-12))
-    lengths = torch.zeros_like(tokens[:, 0]) if mask is None else mask.sum(1)
-    return y.to(total.dtype) * scale + shift, lengths.to(torch.int32), total
-
-
-@operator("BiasGelu", domain=MICROSOFT)
-def _bias_gelu(op: Operation, x: Tensor, bias: Tensor) -> Tensor:
-    return F.gelu(x + bias)
-
-
-@operator("FastGelu", domain=MICROSOFT)
-def _fast_gelu(op: Operation, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    return F.gelu(x if bias is None else x + bias, approximate="tanh")
-
-
-@operator("Gelu", domain=MICROSOFT)
-def _microsoft_gelu(op: Operation, x: Tensor) -> Tensor:
-    return F.gelu(x)
-
-
-@operator("QuickGelu", domain=MICROSOFT)
-def _quick_gelu(op: Operation, x: Tensor) -> Tensor:
-    return x * torch.sigmoid(op.get("alpha", 1.702) * x)
-
-
-@operator("FusedMatMul", domain=MICROSOFT)
-def _fused_matmul(op: Operation, a: Tensor, b: Tensor) -> Tensor:
-    op.allow(transBatchA=0, transBatchB=0)
-    a = a.mT if op.get("transA", 0) and a.ndim > 1 else a
-    b = b.mT if op.get("transB", 0) and b.ndim > 1 else b
-    return op.get("alpha", 1.0) * (a @ b)

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, MutableSequence, Sequence, Set
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from functools import partial
+from itertools import chain, count, pairwise
+from typing import Any
 
 import onnx_ir as ir
 
 from growkit_specs import GrowkitError
 
-FUSED_MARK = "growkit.fused"
+FUSED = "growkit.fused"  # the metadata key of what was one node; a copy carries the same mark
 
 # What these give says how large a value is, not what it holds: the stream doesn't flow through them.
 _MEASURES = frozenset({"Shape", "Size"})
@@ -188,16 +190,18 @@ class _Part:
         entry: The cut before.
         exit: The cut after.
         nodes: The nodes, each after those that it reads.
+        gauges: The nodes of the whole graph that only measure.
     """
 
     entry: ir.Value
     exit: ir.Value
     nodes: tuple[ir.Node, ...]
+    gauges: Set[ir.Node]
 
     def owns(self, value: ir.Value) -> bool:
         """Whether only this part reads the value; who measures it doesn't count."""
         own = set(self.nodes)
-        return all(use.node in own or use.node.op_type in _MEASURES for use in value.uses())
+        return all(use.node in own or use.node in self.gauges for use in value.uses())
 
 
 @dataclass(frozen=True)
@@ -227,15 +231,28 @@ def _parts(nodes: Sequence[ir.Node], cuts: Sequence[ir.Value]) -> list[_Part]:
             flow.update(node.outputs)
     for index, (entry, exit) in enumerate(pairwise(cuts)):
         owners.update(dict.fromkeys(_between(entry, exit, flow), index))
+    gauges = _gauges(nodes)
     for node in reversed(nodes):
         if node not in owners and not any(value.is_graph_output() for value in node.outputs):
-            users = {owners.get(use.node) for value in node.outputs for use in value.uses()}
-            if len(users) == 1 and (owner := users.pop()) is not None:
+            users = [use.node for value in node.outputs for use in value.uses()]
+            serves = {owners.get(user) for user in users if user not in gauges} or set(map(owners.get, users))
+            if len(serves) == 1 and (owner := serves.pop()) is not None:
                 owners[node] = owner
     members: dict[int, list[ir.Node]] = defaultdict(list)
     for node, owner in sorted(owners.items(), key=lambda item: positions[item[0]]):
         members[owner].append(node)
-    return [_Part(entry, exit, tuple(members[i])) for i, (entry, exit) in enumerate(pairwise(cuts))]
+    return [_Part(entry, exit, tuple(members[i]), gauges) for i, (entry, exit) in enumerate(pairwise(cuts))]
+
+
+def _gauges(nodes: Sequence[ir.Node]) -> set[ir.Node]:
+    """The nodes that measure a value, or make one that is only measured."""
+    gauges: set[ir.Node] = set()
+    for node in reversed(nodes):
+        users = [use.node for value in node.outputs for use in value.uses()]
+        shown = any(value.is_graph_output() for value in node.outputs)
+        if node.op_type in _MEASURES or (users and not shown and gauges.issuperset(users)):
+            gauges.add(node)
+    return gauges
 
 
 def _between(entry: ir.Value, exit: ir.Value, flow: Set[ir.Value]) -> set[ir.Node]:
@@ -499,3 +516,315 @@ def _side(blocks: Sequence[Block]) -> tuple[ir.Value, ...]:
         own = {block.entry, *block.values}
         side.update((v, None) for node in block.nodes for v in node.inputs if v is not None and v not in own)
     return tuple(side)
+
+
+# --- deepening -------------------------------------------------------------------------------------------------------
+
+
+def deepen(
+    graph: ir.Graph, stack: Blocks, sources: Sequence[int]
+) -> tuple[Blocks, Mapping[ir.Value, ir.Value]]:
+    """Give a stack other blocks, in place: block t becomes a copy of today's block ``sources[t]``.
+
+    The first copy of a block is the block itself; further ones have nodes, initializers, graph inputs and graph
+    outputs of their own, and read the same side values. Today's blocks that aren't named are dropped. Names and
+    metadata that count the layers go on counting: ``layers.2.mlp`` of the block that comes fourth is
+    ``layers.3.mlp``. Other names of copies get a suffix.
+
+    Args:
+        graph: The graph.
+        stack: A stack of it.
+        sources: For each block of the new stack, the number of today's block that it copies.
+
+    Returns:
+        The new stack, and for each value that its blocks own the value that it is a copy of: itself where it was kept.
+
+    Raises:
+        GrowkitError: If there are no sources, or one that isn't a block of the stack.
+    """
+    known = range(len(stack.blocks))
+    if not sources or not set(known).issuperset(sources):
+        raise GrowkitError(
+            f"blocks {list(sources)} of a stack of {len(known)} asked for: expected at least one, each of them "
+            f"from 0 to {len(known) - 1}; choose among the blocks that there are"
+        )
+    if list(sources) == list(known):
+        return stack, {value: value for block in stack.blocks for value in block.values}
+    numbers = _numbers(stack)
+    copies: list[_Copy] = []
+    for target, source in enumerate(sources):
+        make = _kept if source not in sources[:target] else _cloned
+        copies.append(make(stack.blocks[source], source, target))
+    _insert(graph, copies)
+    blocks = _rewire(graph, stack, copies)
+    _show(graph.inputs, [b.inputs for b in stack.blocks], [b.inputs for b in blocks])
+    _show(graph.outputs, [b.outputs for b in stack.blocks], [b.outputs for b in blocks])
+    _drop(graph, [block for index, block in enumerate(stack.blocks) if index not in sources])
+    graph.sort()
+    _rename(graph, copies, numbers)
+    return replace(stack, blocks=blocks), {new: old for copy in copies for old, new in copy.values.items()}
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """A block of the new stack.
+
+    Attributes:
+        block: The block, which still reads what its source reads.
+        values: The source's own values, each with its copy.
+        nodes: The source's nodes, each with its copy.
+        source: The number of its source.
+        target: Its own number.
+        kept: Whether it is its source.
+    """
+
+    block: Block
+    values: Mapping[ir.Value, ir.Value]
+    nodes: Mapping[ir.Node, ir.Node]
+    source: int
+    target: int
+    kept: bool
+
+
+def _kept(block: Block, source: int, target: int) -> _Copy:
+    values, nodes = {value: value for value in block.values}, {node: node for node in block.nodes}
+    return _Copy(block, values, nodes, source, target, kept=True)
+
+
+def _cloned(block: Block, source: int, target: int) -> _Copy:
+    values = {value: _clone_value(value) for value in (*block.inputs, *block.initializers)}
+    nodes: dict[ir.Node, ir.Node] = {}
+    for node in block.nodes:
+        outputs = [_clone_value(value) for value in node.outputs]
+        values.update(zip(node.outputs, outputs, strict=True))
+        nodes[node] = ir.Node(
+            node.domain,
+            node.op_type,
+            [values.get(value, value) if value is not None else None for value in node.inputs],
+            tuple(node.attributes.values()),
+            overload=node.overload,
+            outputs=outputs,
+            version=node.version,
+            name=node.name,
+            doc_string=node.doc_string,
+            metadata_props=dict(node.metadata_props),
+        )
+        nodes[node].meta.update(node.meta)
+    clone = Block(
+        nodes=tuple(nodes.values()),
+        entry=block.entry,
+        exit=values[block.exit],
+        weights=tuple(values[value] for value in block.weights),
+        inputs=tuple(values[value] for value in block.inputs),
+        outputs=tuple(values[value] for value in block.outputs),
+    )
+    return _Copy(clone, values, nodes, source, target, kept=False)
+
+
+def _clone_value(value: ir.Value) -> ir.Value:
+    clone = ir.Value(
+        name=value.name,
+        type=value.type,
+        shape=value.shape.copy() if value.shape is not None else None,
+        doc_string=value.doc_string,
+        metadata_props=dict(value.metadata_props),
+        const_value=_share(value.const_value) if value.is_initializer() and value.const_value is not None else None,
+    )
+    clone.meta.update(value.meta)
+    return clone
+
+
+def _share(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """The same data under a name of its own: to rename a value renames its tensor."""
+    return ir.LazyTensor(lambda: tensor, dtype=tensor.dtype, shape=ir.Shape(tensor.shape), name=tensor.name)
+
+
+def _insert(graph: ir.Graph, copies: Sequence[_Copy]) -> None:
+    """Put every new block behind the one before it."""
+    names = {value.name for value in _all_values(graph)}
+    for before, copy in pairwise(copies):
+        if copy.kept:
+            continue
+        graph.insert_after(before.block.nodes[-1], copy.block.nodes)
+        for old, new in copy.values.items():
+            if old.is_initializer():
+                new.name = _fresh(old.name or "weight", names)
+                graph.register_initializer(new)
+
+
+def _rewire(graph: ir.Graph, stack: Blocks, copies: Sequence[_Copy]) -> tuple[Block, ...]:
+    """Let every block read what the one before it gives, and what comes after the stack read what the last one gives."""
+    old, new = stack.blocks[-1].exit, copies[-1].block.exit
+    inside = {node for block in stack.blocks for node in block.nodes}
+    inside.update(node for copy in copies for node in copy.block.nodes)
+    after = [use for use in old.uses() if use.node not in inside]
+    blocks = []
+    stream = stack.blocks[0].entry
+    for copy in copies:
+        for node in copy.block.nodes:
+            _replace(node, copy.block.entry, stream)
+        blocks.append(replace(copy.block, entry=stream))
+        stream = copy.block.exit
+    for use in after:
+        use.node.replace_input_with(use.idx, new)
+    if old not in stack.blocks[-1].outputs:
+        for index, value in enumerate(graph.outputs):
+            if value is old:
+                graph.outputs[index] = new
+                old.name, new.name = new.name, old.name
+                new.type, new.shape = old.type, old.shape.copy() if old.shape is not None else None
+    return tuple(blocks)
+
+
+def _replace(node: ir.Node, old: ir.Value, new: ir.Value) -> None:
+    for index, value in enumerate(node.inputs):
+        if value is old:
+            node.replace_input_with(index, new)
+
+
+def _show(shown: MutableSequence[ir.Value], old: Sequence[Sequence[ir.Value]], new: Sequence[Sequence[ir.Value]]) -> None:
+    """Put the new blocks' values among the graph's inputs or outputs where the old ones' are, in the same order.
+
+    That is one block's after the other's, or one role's after the other's.
+    """
+    places = {value: (block, role) for block, values in enumerate(old) for role, value in enumerate(values)}
+    standing = [places[value] for value in shown if value in places]
+    groups = [[value for values in new for value in values]]
+    if standing != sorted(standing):
+        groups = [list(values) for values in zip(*new, strict=True)]
+    result: list[ir.Value] = []
+    put: set[int] = set()
+    for value in shown:
+        group = places[value][1] if value in places and len(groups) > 1 else 0
+        if value not in places:
+            result.append(value)
+        elif group not in put:
+            put.add(group)
+            result.extend(groups[group])
+    shown.clear()
+    shown.extend(result)
+
+
+def _drop(graph: ir.Graph, blocks: Sequence[Block]) -> None:
+    """Remove what no one reads of blocks that are no longer in the stack."""
+    for block in reversed(blocks):
+        initializers = block.initializers
+        for node in reversed(block.nodes):
+            if not any(value.uses() or value.is_graph_output() for value in node.outputs):
+                graph.remove(node, safe=True)
+        for value in initializers:
+            if not value.uses() and value.name is not None:
+                del graph.initializers[value.name]
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+_COUNTED = re.compile(r"([A-Za-z_]*[^A-Za-z0-9]?)(\d+)")
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """How the names of a stack count its layers.
+
+    Attributes:
+        words: What stands before the number: ``layers.``.
+        first: The first block's number.
+        step: How many numbers there are for a block.
+    """
+
+    words: frozenset[str]
+    first: int
+    step: int
+
+    def renumbered(self, text: str, source: int, target: int) -> str:
+        """The text about one block, made one about another."""
+
+        def number(match: re.Match[str]) -> str:
+            word, count = match[1], int(match[2])
+            if word in self.words and 0 <= count - self.first - self.step * source < self.step:
+                return f"{word}{count + self.step * (target - source)}"
+            return match[0]
+
+        return _COUNTED.sub(number, text)
+
+
+def _numbers(stack: Blocks) -> _Numbers:
+    """What most names that differ from block to block count by.
+
+    A layer's number stands inside of a name. What ends a name may be any counter, and is listened to only where the
+    graph's inputs and outputs are named.
+    """
+    words: dict[tuple[int, int], set[str]] = defaultdict(set)
+    votes: Counter[tuple[int, int]] = Counter()
+    for names, shown in _corresponding_names(stack):
+        for matches in _aligned(names):
+            inner = all(match.end() < len(match.string) for match in matches)
+            first, second, *_ = counts = [int(match[2]) for match in matches]
+            step = second - first
+            if step > 0 and counts == [first + step * index for index in range(len(counts))] and (inner or shown):
+                words[first, step].add(matches[0][1])
+                votes[first, step] += 1 + inner
+    if not votes:
+        return _Numbers(frozenset(), 0, 1)
+    first, step = max(votes, key=lambda key: (votes[key], -key[1], -key[0]))
+    near = {key: said for key, said in words.items() if key[1] == step and abs(key[0] - first) < step}
+    return _Numbers(frozenset().union(*near.values()), min(key[0] for key in near), step)
+
+
+def _corresponding_names(stack: Blocks) -> Iterator[tuple[tuple[str, ...], bool]]:
+    """The names of what corresponds from block to block, and whether the graph shows them to its users."""
+    for role, shown in (("weights", False), ("inputs", True), ("outputs", True), ("nodes", False)):
+        things = [getattr(block, role) for block in stack.blocks]
+        if len(set(map(len, things))) == 1:  # sizes may take more nodes to compute in one block than in another
+            yield from ((tuple(thing.name or "" for thing in row), shown) for row in zip(*things, strict=True))
+
+
+def _aligned(names: Sequence[str]) -> Iterator[tuple[re.Match[str], ...]]:
+    """The numbers that stand at the same place of every name, after the same word."""
+    for matches in zip(*map(_COUNTED.finditer, names), strict=False):
+        if len({match[1] for match in matches}) == 1:
+            yield matches
+
+
+def _rename(graph: ir.Graph, copies: Sequence[_Copy], numbers: _Numbers) -> None:
+    """Name what belongs to the new blocks, and let its metadata speak of its new place."""
+    copies = sorted(copies, key=lambda copy: not copy.kept)  # who was there first keeps a name that doesn't count
+    per_block = {value for copy in copies for value in copy.block.outputs}
+    shown = {value: value.name or "" for value in graph.outputs if value not in per_block}
+    values, nodes = dict(shown), {}
+    for copy in copies:
+        moved = partial(numbers.renumbered, source=copy.source, target=copy.target)
+        for old, new in copy.values.items():
+            values.setdefault(new, moved(old.name or ""))
+        for before, after in copy.nodes.items():
+            nodes[after] = moved(before.name or "")
+        for thing in (*copy.values.values(), *copy.nodes.values()):
+            for key, text in thing.metadata_props.items():
+                if key != FUSED:
+                    thing.metadata_props[key] = moved(text)
+    _name(values, {value.name for value in _all_values(graph) if value not in values})
+    _name(nodes, {node.name for node in graph if node not in nodes})
+
+
+def _name(wanted: Mapping[Any, str], taken: set[str | None]) -> None:
+    """Give things the names they want, or these with a suffix; what wants none stays without."""
+    names = [(thing, _fresh(name, taken)) for thing, name in wanted.items() if name]
+    for index, (thing, _) in enumerate(names):
+        thing.name = f"growkit.{index}"  # the new name may still be another's old one
+    for thing, name in names:
+        thing.name = name
+
+
+def _fresh(wanted: str, taken: set[str | None]) -> str:
+    """The name, or the name with the first suffix that makes it a new one; it is taken from now on."""
+    suffixes = (f"_copy{number}" for number in count(1))
+    name = next(name for name in chain([wanted], map(wanted.__add__, suffixes)) if name not in taken)
+    taken.add(name)
+    return name
+
+
+def _all_values(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from graph.inputs
+    yield from graph.initializers.values()
+    for node in graph:
+        yield from node.outputs

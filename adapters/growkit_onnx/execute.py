@@ -15,13 +15,13 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from growkit_onnx import attention, operators, spatial
-from growkit_onnx.operation import DataDependent, Operation, as_torch, named, torch_dtype
+from growkit_onnx import attention, fused, operators, spatial
+from growkit_onnx.operation import DataDependent, Operation, as_torch, named, run_type, torch_dtype
 from growkit_specs import GrowkitError, InvalidModel, UnsupportedModel
 
 __all__ = ["SMALL", "DataDependent", "Executor", "probe", "run_node"]
 
-TABLE = {**operators.TABLE, **spatial.TABLE, **attention.TABLE}
+TABLE = operators.TABLE | spatial.TABLE | attention.TABLE | fused.TABLE
 
 # Constants of at most so many entries keep their numbers in an abstract run: axes, sizes, scales.
 SMALL = 64
@@ -71,7 +71,15 @@ def run_node(
         found = entry.run(op, *_gathered(arguments))
     except GrowkitError:
         raise
-    except (ArithmeticError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        IndexError,
+        NotImplementedError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         shapes = ", ".join("-" if value is None else str(list(value.shape)) for value in inputs)
         reason = str(error).strip().split("\n")[0]
         raise InvalidModel(f"{named(node)} does not take inputs of shapes {shapes}: {reason}") from error
@@ -188,18 +196,17 @@ class Executor:
         tensor = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
         if not tensor.is_floating_point():
             return tensor if self.device.type == "meta" else tensor.to(self.device)
-        return tensor.to(self.device, self.dtype or tensor.dtype)
+        return tensor.to(self.device, run_type(tensor.dtype, self.dtype))
 
     def _constant(self, tensor: ir.TensorProtocol, where: str) -> Tensor:
         """What the file holds: in an abstract run without its numbers, unless it is small or integer."""
         dtype = torch_dtype(tensor.dtype, where)
-        small = tensor.size <= SMALL
-        if self.device.type == "meta":
-            if dtype.is_floating_point and not small:
-                return torch.empty(tensor.shape.numpy(), dtype=self.dtype or dtype, device="meta")
-            return self._placed(as_torch(tensor, where)) if not dtype.is_floating_point else as_torch(tensor, where)
+        abstract, floating, small = self.device.type == "meta", dtype.is_floating_point, tensor.size <= SMALL
+        if abstract and floating and not small:
+            return torch.empty(tensor.shape.numpy(), dtype=run_type(dtype, self.dtype), device="meta")
         found = as_torch(tensor, where)
-        return found if small and not dtype.is_floating_point else self._placed(found)
+        stays = small and (abstract or not floating)  # small integers on the CPU too, where shapes are computed
+        return found.to(run_type(dtype, self.dtype)) if stays else self._placed(found)
 
     def _find(self, value: ir.Value, environment: Mapping[ir.Value, Tensor]) -> Tensor:
         """A value that is computed, given, or an initializer."""

@@ -9,7 +9,7 @@ the data, and :func:`restore` puts together again what is still equal.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
@@ -32,10 +32,10 @@ COPY = "growkit.copy"
 LARGEST_CONSTANT = 64
 """Entries up to which a Constant of floats is a number of the computation; beyond, it is a weight."""
 
-_MOVES = frozenset(
-    {"Constant", "Identity", "Cast", "CastLike", "DequantizeLinear"}
-    | {"Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze"}
-)
+_MOVES = {
+    *("Constant", "Identity", "Cast", "CastLike", "DequantizeLinear"),
+    *("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze"),
+}
 """Operators that only pass on what is stored: behind one of them a tensor is as shared as in front of it."""
 
 _MICROSOFT = "com.microsoft"
@@ -105,14 +105,14 @@ def normalise(model: ir.Model) -> Normalised:
     Model-local functions are inlined; Identity and idle Dropout nodes are gone; large Constant nodes are initializers,
     and no initializer is an input; every use of an initializer, or of a chain of nodes that only move one, has its own
     copy, which shares the data; norms that are fused with the residual sum before them are taken apart. Initializers
-    that nothing reads are dropped. No data is read.
+    that nothing reads are dropped. No weight is loaded.
 
     Args:
         model: The model.
 
     Raises:
-        InvalidModel: Where functions call each other in a circle.
-        UnsupportedModel: Where a function was written for another operator set than the model.
+        InvalidModel: Where functions call each other in a circle, or are called with too many inputs.
+        UnsupportedModel: Where a function was written for another operator set than the model, or returns its input.
     """
     graph = model.graph
     done = Normalised(inputs=tuple(_name(value) for value in graph.inputs))
@@ -121,7 +121,7 @@ def normalise(model: ir.Model) -> Normalised:
     _hide_initializers(model)
     _store_constants(graph)
     _unfuse(graph, model.opset_imports.get("", 1), names, done)
-    _drop_passing(graph, names, done)
+    _drop_passing(graph, done)
     _copy_shared(graph, names, done)
     _drop_unused(graph)
     done.obstacles += [
@@ -197,7 +197,8 @@ def _is_read(value: ir.Value) -> bool:
 
 def _stand_in(new: ir.Value, old: ir.Value) -> None:
     """`new` takes the place and the name of `old`, among the graph's outputs, too."""
-    new.name, new.type, new.shape = old.name, old.type or new.type, old.shape or new.shape
+    new.name, new.type = old.name, old.type or new.type
+    new.shape = new.shape if old.shape is None else old.shape
     old.replace_all_uses_with(new, replace_graph_outputs=True)
 
 
@@ -346,7 +347,7 @@ def _rename(body: ir.Graph, nodes: Iterable[ir.Node], prefix: str, names: _Names
 
 def _hide_initializers(model: ir.Model) -> None:
     graph = model.graph
-    for value in [value for value in graph.inputs if value.is_initializer()]:
+    for value in [value for value in graph.inputs if value.is_initializer() and value.uses()]:
         graph.inputs.remove(value)
     model.ir_version = max(model.ir_version, 4)  # before, every initializer had to be an input
 
@@ -381,11 +382,11 @@ def _constant(node: ir.Node) -> ir.TensorProtocol | None:
 # Nodes that only pass on
 
 
-def _drop_passing(graph: ir.Graph, names: _Names, done: Normalised) -> None:
+def _drop_passing(graph: ir.Graph, done: Normalised) -> None:
     for node in list(graph):
         if node.op_type == "Dropout" and node.domain == "" and not _is_idle(node):
             done.obstacles.append((node, "Dropout is in training mode, or its mask is read"))
-        elif node.op_type in ("Identity", "Dropout") and node.domain == "" and _pass_on(graph, node, names, done):
+        elif node.op_type in ("Identity", "Dropout") and node.domain == "" and _pass_on(graph, node, done):
             _remove(graph, [node])
 
 
@@ -396,7 +397,7 @@ def _is_idle(dropout: ir.Node) -> bool:
     return idle and not any(_is_read(mask) for mask in dropout.outputs[1:])
 
 
-def _pass_on(graph: ir.Graph, node: ir.Node, names: _Names, done: Normalised) -> bool:
+def _pass_on(graph: ir.Graph, node: ir.Node, done: Normalised) -> bool:
     """Readers of a node's output read its input instead; False where a graph's output needs the node."""
     value, output = node.inputs[0], node.outputs[0]
     if value is None:
@@ -459,7 +460,7 @@ def _copied_node(node: ir.Node, names: _Names) -> ir.Node:
         metadata_props={COPY: _name(output), **node.metadata_props},
     )
     copy.outputs[0].name = names.fresh(_name(output))
-    copy.outputs[0].type, copy.outputs[0].shape = output.type, output.shape and output.shape.copy()
+    copy.outputs[0].type, copy.outputs[0].shape = output.type, output.shape
     return copy
 
 
@@ -507,8 +508,8 @@ def _whole(number: int | list[int], dtype: type = np.int64) -> dict[str, ir.Attr
 _LAST_AXIS = _attributes(axis=-1)
 
 
-def _skip_steps(norm: str) -> Callable[[frozenset[str], int], list[Step]]:
-    def steps(slots: frozenset[str], opset: int) -> list[Step]:
+def _skip_steps(norm: str) -> Callable[[Set[str], int], list[Step]]:
+    def steps(slots: Set[str], opset: int) -> list[Step]:
         # The bias belongs to the branch: were it added to the sum, the first block would end otherwise than the last.
         bias = [Step("Add", ("branch", "bias"), "biased")] if "bias" in slots else []
         shift = ("beta",) if "beta" in slots else ()
@@ -521,7 +522,7 @@ def _skip_steps(norm: str) -> Callable[[frozenset[str], int], list[Step]]:
     return steps
 
 
-def _embed_steps(slots: frozenset[str], opset: int) -> list[Step]:
+def _embed_steps(slots: Set[str], opset: int) -> list[Step]:
     third = "segments" in slots
     return [
         *([] if "positions" in slots else _COUNTED),
@@ -571,7 +572,7 @@ class _Form:
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    steps: Callable[[frozenset[str], int], list[Step]]
+    steps: Callable[[Set[str], int], list[Step]]
 
 
 _NORM_OUTPUTS = ("output", "mean", "inv_std", "sum")
@@ -600,14 +601,18 @@ def _unfuse(graph: ir.Graph, opset: int, names: _Names, done: Normalised) -> Non
         nodes = [node]
         if form is not None:
             fusion = _fusion(node, form, made, opset)
-            missing = _missing(node, fusion)
-            if missing:
-                done.obstacles.append((node, f"{node.op_type} has its output {missing} read"))
+            unmade = _read_slots(node, form) - {step.output for step in fusion.steps}
+            if unmade:
+                done.obstacles.append((node, f"{node.op_type} has its output {min(unmade)} read"))
             else:
                 key = str(len(done.fusions))
                 done.fusions[key] = fusion
-                nodes = _take_apart(graph, node, fusion, (key, names))
+                nodes = _take_apart(node, fusion, key, names)
         made.update((output, position) for part in nodes for output in part.outputs)
+
+
+def _read_slots(node: ir.Node, form: _Form) -> set[str]:
+    return {slot for slot, value in zip(form.outputs, node.outputs, strict=False) if _is_read(value)}
 
 
 def _fusion(node: ir.Node, form: _Form, made: Mapping[ir.Value, int], opset: int) -> Fusion:
@@ -617,21 +622,15 @@ def _fusion(node: ir.Node, form: _Form, made: Mapping[ir.Value, int], opset: int
         first, second = (made.get(value, -1) if value is not None else -1 for value in node.inputs[:2])
         inputs = inputs if first >= second else ("skip", "branch", *inputs[2:])
     given = {slot for slot, value in zip(inputs, node.inputs, strict=False) if value is not None}
-    read = {slot for slot, value in zip(form.outputs, node.outputs, strict=False) if _is_read(value)}
     attributes = tuple(attr for name, attr in node.attributes.items() if name != "epsilon")
-    steps = tuple(form.steps(frozenset(given | read), opset))
+    steps = tuple(form.steps(given | _read_slots(node, form), opset))
     return Fusion(node.op_type, inputs, form.outputs, len(node.outputs), attributes, steps)
 
 
-def _missing(node: ir.Node, fusion: Fusion) -> str:
-    """The first output that is read and that no step makes; empty where there is none."""
-    steps = {step.output for step in fusion.steps}
-    outputs = zip(fusion.outputs, node.outputs, strict=False)
-    return next((slot for slot, value in outputs if _is_read(value) and slot not in steps), "")
-
-
-def _take_apart(graph: ir.Graph, fused: ir.Node, fusion: Fusion, label: tuple[str, _Names]) -> list[ir.Node]:
-    key, names = label
+def _take_apart(fused: ir.Node, fusion: Fusion, key: str, names: _Names) -> list[ir.Node]:
+    """The nodes of the steps, in the place of a fused node."""
+    graph = fused.graph
+    assert graph is not None
     slots = dict(zip_longest(fusion.inputs, fused.inputs))
     epsilon = _attributes(epsilon=fused.attributes.get_float("epsilon", _EPSILON))
     nodes = []
@@ -698,7 +697,13 @@ class _Match:
                 found = self.marked.get(f"{self.key}:{slot}", [])
                 if len(found) != 1 or not self._binds(slot, found[0].outputs[0]):
                     return False
-        return self.slots.keys() >= self.steps.keys() and not self._leaks()
+        inner = self.steps.keys() - set(self.fusion.outputs)
+        return self.slots.keys() >= self.steps.keys() and not any(self.is_read(slot) for slot in inner)
+
+    def is_read(self, slot: str) -> bool:
+        """Whether what fills a slot is read by another node, or is an output of the graph."""
+        value, nodes = self.slots.get(slot), self.nodes()
+        return value is not None and (value.is_graph_output() or any(user not in nodes for user in value.consumers()))
 
     def _binds(self, slot: str, value: ir.Value | None) -> bool:
         if slot in self.slots:
@@ -719,31 +724,17 @@ class _Match:
             and all(self._binds(name, value) for name, value in zip(step.inputs, node.inputs, strict=True))
         )
 
-    def _leaks(self) -> bool:
-        """Whether another node reads what the fused node has no output for."""
-        nodes = self.nodes()
-        inner = [self.slots[slot] for slot in self.steps if slot not in self.fusion.outputs]
-        return any(
-            value.is_graph_output() or any(user not in nodes for user in value.consumers())
-            for value in inner
-            if value is not None
-        )
-
 
 def _put_together(graph: ir.Graph, norm: ir.Node, match: _Match) -> None:
-    fusion, nodes = match.fusion, match.nodes()
-    outputs = [match.slots.get(slot) for slot in fusion.outputs]
-    read = [
-        value is not None and (value.is_graph_output() or any(user not in nodes for user in value.consumers()))
-        for value in outputs
-    ]
-    inputs = _trimmed([None if slot in match.steps else match.slots.get(slot) for slot in fusion.inputs])
+    fusion = match.fusion
+    read = [slot if match.is_read(slot) else "" for slot in fusion.outputs]
+    inputs = [None if slot in match.steps else match.slots.get(slot) for slot in fusion.inputs]
     fused = ir.Node(
         _MICROSOFT,
         fusion.op_type,
-        inputs,
+        inputs[: _length(inputs)],
         [*fusion.attributes, norm.attributes["epsilon"]],
-        num_outputs=max(fusion.declared, *(i for i, is_read in enumerate(read, 1) if is_read)),
+        num_outputs=max(fusion.declared, _length(read)),
         name=norm.name,
         doc_string=norm.doc_string,
         metadata_props=dict(norm.metadata_props),
@@ -752,12 +743,13 @@ def _put_together(graph: ir.Graph, norm: ir.Node, match: _Match) -> None:
         new.name = ""
     fused.outputs[-1].name = f"{_name(norm.outputs[0])}/{fusion.outputs[len(fused.outputs) - 1]}"  # or it is cut off
     graph.insert_before(norm, fused)
-    for new, old, is_read in zip(fused.outputs, outputs, read, strict=False):
-        if old is not None and is_read:
+    for new, slot in zip(fused.outputs, read, strict=False):
+        old = match.slots.get(slot)
+        if old is not None:
             _stand_in(new, old)
-    graph.remove(nodes, safe=True)
+    graph.remove(match.nodes(), safe=True)
 
 
-def _trimmed(values: Sequence[ir.Value | None]) -> list[ir.Value | None]:
-    last = max((i for i, value in enumerate(values) if value is not None), default=-1)
-    return list(values[: last + 1])
+def _length(slots: Sequence[ir.Value | str | None]) -> int:
+    """How many there are without the empty ones at the end."""
+    return max((i for i, slot in enumerate(slots, 1) if slot), default=0)

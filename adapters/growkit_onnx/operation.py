@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -30,6 +30,10 @@ DTYPES = {
     ir.DataType.UINT64: torch.int64,
 }
 
+# The domain of ONNX Runtime's own operators.
+MICROSOFT = "com.microsoft"
+
+T = TypeVar("T")
 Numbers = list[Any]
 Handler = Callable[..., Any]
 
@@ -51,6 +55,11 @@ def torch_dtype(data_type: int, where: str) -> torch.dtype:
         raise UnsupportedModel(
             f"{where} has element type {name}; expected a float of 16 to 64 bits, int or bool"
         ) from None
+
+
+def run_type(dtype: torch.dtype, floating: torch.dtype | None) -> torch.dtype:
+    """The type in which a tensor of ``dtype`` is run where all floats run as ``floating``, or as they are if None."""
+    return floating if floating is not None and dtype.is_floating_point else dtype
 
 
 def as_torch(tensor: ir.TensorProtocol, where: str) -> Tensor:
@@ -99,6 +108,13 @@ class Operation:
         """An error that names the node and the part of its meaning that is not supported."""
         return UnsupportedModel(f"{named(self.node)}: {what} is not supported")
 
+    def choice(self, name: str, table: Mapping[str, T], default: str | None = None) -> T:
+        """What a table holds for an attribute's value; refuses values that it does not hold."""
+        value = self.get(name, default)
+        if value not in table:
+            raise self.refuse(f"{name}={value!r}")
+        return table[value]
+
     def allow(self, **defaults: Any) -> None:
         """Refuses attributes that have another value than the one given here, which is their default."""
         for name, default in defaults.items():
@@ -117,7 +133,7 @@ class Operation:
 
     def floating(self, dtype: torch.dtype) -> torch.dtype:
         """The type in which a tensor of ``dtype`` is run: another one only for floats."""
-        return self.dtype if self.dtype is not None and dtype.is_floating_point else dtype
+        return run_type(dtype, self.dtype)
 
     def tensor(self, value: ir.TensorProtocol) -> Tensor:
         """A tensor attribute, in the type in which it is run."""

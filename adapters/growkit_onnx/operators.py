@@ -229,7 +229,7 @@ def _eye_like(op: Operation, x: Tensor) -> Tensor:
 def _range(op: Operation, start: Tensor, limit: Tensor, delta: Tensor) -> Tensor:
     (first,), (last,), (step,) = op.read(start), op.read(limit), op.read(delta)
     count = max(math.ceil((last - first) / step), 0)
-    return start.reshape(()) + torch.arange(count, dtype=start.dtype) * delta.reshape(())
+    return start.reshape(()) + torch.arange(count, dtype=start.dtype, device=start.device) * delta.reshape(())
 
 
 @operator("Shape")
@@ -359,13 +359,13 @@ def _pad(
     pads = list(op.get("pads") if pads is None else pads)
     axes = [axis % x.ndim for axis in (range(x.ndim) if axes is None else axes)]
     ends = dict(zip(axes, zip(pads[: len(axes)], pads[len(axes) :], strict=True), strict=True))
-    mode = op.get("mode", "constant")
-    if mode == "constant":
+    if op.get("mode", "constant") == "constant":
         widths = [width for axis in reversed(range(x.ndim)) for width in ends.get(axis, (0, 0))]
         return F.pad(x, widths, value=value[0] if value else op.get("value", 0))
+    within = op.choice("mode", PADDING)
     for axis, (before, after) in ends.items():
         size = x.shape[axis]
-        x = take(x, axis, [PADDING[mode](i, size) for i in range(-before, size + after)])
+        x = take(x, axis, [within(i, size) for i in range(-before, size + after)])
     return x
 
 
@@ -427,25 +427,26 @@ def _gather_nd(op: Operation, x: Tensor, indices: Tensor) -> Tensor:
     return rows[_points(rows, torch.cat([batch[..., None], points], -1))].reshape(shape)
 
 
+# What torch calls the ways to combine an entry with its update.
+SCATTERS = {"none": None, "add": "sum", "mul": "prod", "max": "amax", "min": "amin"}
+
+
 @operator("ScatterND")
 def _scatter_nd(op: Operation, x: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
-    points, reduction = _points(x, indices), op.get("reduction", "none")
-    if reduction in ("none", "add"):
-        return x.index_put(points, updates, accumulate=reduction == "add")
+    points, reduction = _points(x, indices), op.choice("reduction", SCATTERS, "none")
+    if reduction in (None, "sum"):
+        return x.index_put(points, updates, accumulate=reduction == "sum")
     lines = torch.arange(x.numel(), device=x.device).reshape(x.shape)[points].reshape(-1)
-    return x.reshape(-1).scatter_reduce(0, lines, updates.reshape(-1), SCATTERS[reduction]).reshape(x.shape)
-
-
-SCATTERS = {"add": "sum", "mul": "prod", "max": "amax", "min": "amin"}
+    return x.reshape(-1).scatter_reduce(0, lines, updates.reshape(-1), reduction).reshape(x.shape)
 
 
 @operator("ScatterElements", "Scatter")
 def _scatter_elements(op: Operation, x: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
-    axis, reduction = op.get("axis", 0), op.get("reduction", "none")
+    axis, reduction = op.get("axis", 0), op.choice("reduction", SCATTERS, "none")
     indices = _counted(indices, x.shape[axis])
-    if reduction == "none":
+    if reduction is None:
         return x.scatter(axis, indices, updates)
-    return x.scatter_reduce(axis, indices, updates, SCATTERS[reduction])
+    return x.scatter_reduce(axis, indices, updates, reduction)
 
 
 @operator("OneHot", reads=[1])
@@ -525,7 +526,8 @@ def _cum_sum(op: Operation, x: Tensor, axis: Numbers) -> Tensor:
 
 
 @operator("Gemm")
-def _gemm(op: Operation, a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
+def gemm(op: Operation, a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
+    """The general matrix product: alpha a b + beta c."""
     a, b = a.T if op.get("transA", 0) else a, b.T if op.get("transB", 0) else b
     product = a @ b if op.get("alpha", 1.0) == 1 else op.get("alpha") * (a @ b)
     return product if c is None else product + (c if op.get("beta", 1.0) == 1 else op.get("beta") * c)

@@ -128,9 +128,11 @@ def _taps(op: Operation, position: float, scale: float) -> list[tuple[int, float
     t = position - base
     if mode == "nearest":
         default = "round_prefer_floor" if op.opset > 10 else "floor" if scale >= 1 else "ceil"
-        return [(NEAREST[op.get("nearest_mode", default)](position), 1.0)]
+        return [(op.choice("nearest_mode", NEAREST, default)(position), 1.0)]
     if mode == "linear":
         return [(base, 1 - t), (base + 1, t)]
+    if mode != "cubic":
+        raise op.refuse(f"mode={mode!r}")
     a = op.get("cubic_coeff_a", -0.75)
 
     def near(d: float) -> float:
@@ -144,7 +146,8 @@ def _taps(op: Operation, position: float, scale: float) -> list[tuple[int, float
 
 def _resized(op: Operation, x: Tensor, axis: int, size: int, scale: float) -> Tensor:
     old = x.shape[axis]
-    place = COORDINATES[op.get("coordinate_transformation_mode", "half_pixel" if op.opset > 10 else "asymmetric")]
+    default = "half_pixel" if op.opset > 10 else "asymmetric"
+    place = op.choice("coordinate_transformation_mode", COORDINATES, default)
     rows = [[0.0] * old for _ in range(size)]
     for i, row in enumerate(rows):
         for position, share in _taps(op, place(i, old, size, scale), scale):

@@ -305,6 +305,10 @@ PRODUCTS = [
     Case("Einsum", f(2, 3, 4), f(2, 5, 4), equation="bik, bjk -> bij"),
     Case("Einsum", f(2, 3, 4), f(4, 5), equation="...k,kd->...d"),
     Case("Einsum", f(3, 3), equation="ii->i"),
+    *(
+        Case("FusedGemm", f(2, 3), f(4, 3), f(4), domain=MICROSOFT, transB=1, alpha=0.5, activation=activation)
+        for activation in ("Relu", "Tanh", "Sigmoid")
+    ),
     Case("FusedMatMul", f(2, 4, 3), f(2, 5, 4), domain=MICROSOFT, transA=1, transB=1, alpha=0.5),
 ]
 
@@ -558,6 +562,32 @@ def test_an_abstract_run_has_the_shapes_and_types_of_a_real_one(case: Case) -> N
     for name, real in Executor(graph)(case.feeds).items():
         found = values[next(value for value in graph.graph.outputs if value.name == name)]
         assert (found.shape, found.dtype) == (real.shape, real.dtype)
+
+
+HALVES = [
+    c for c in CASES if c.op in {"LayerNormalization", "Softmax", "MatMul", "Gelu", "Attention", "Conv", "ReduceSum"}
+]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ir.DataType.BFLOAT16.numpy()], ids=lambda dtype: np.dtype(dtype).name)
+@pytest.mark.parametrize("case", HALVES, ids=str)
+def test_half_types_stay_what_they_are(case: Case, dtype: Any) -> None:
+    proto, feeds = case.proto(), case.feeds
+    whole = Executor(loaded(proto))(feeds)["y0"]
+    halved = {name: torch.from_numpy(x) for name, x in feeds.items()}
+    name = {"float16": torch.float16, "bfloat16": torch.bfloat16}[np.dtype(dtype).name]
+    halved = {key: x.to(name) if x.is_floating_point() else x for key, x in halved.items()}
+    half = Executor(loaded(proto))(halved)["y0"]
+    assert half.dtype == (name if whole.is_floating_point() else whole.dtype)
+    torch.testing.assert_close(half.to(whole.dtype), whole, rtol=0.05, atol=0.05 * whole.abs().max().item())
+
+
+def test_a_mask_for_every_query_has_four_axes_or_three() -> None:
+    """ONNX Runtime runs the form with four axes on GPUs only."""
+    mask = np.tril(np.ones((2, 7, 7), np.int32))
+    past = f(2, 2, 2, 1, 4)
+    three, four = (bert_attention(m, past, out=2) for m in (mask[:, 1:4, :4].copy(), mask[:, None]))
+    torch.testing.assert_close(Executor(loaded(four.proto()))(four.feeds), Executor(loaded(three.proto()))(three.feeds))
 
 
 # Whole graphs

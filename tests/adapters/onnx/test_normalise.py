@@ -94,8 +94,10 @@ def content(proto: onnx.ModelProto) -> Any:
 
 
 def private(loaded: ir.Model) -> bool:
-    """Whether no initializer has two uses."""
-    return all(len(v.uses()) + v.is_graph_output() == 1 for v in loaded.graph.initializers.values())
+    """Whether every initializer has one use."""
+    return all(
+        len(v.uses()) + v.is_graph_output() == 1 for v in loaded.graph.initializers.values() if v.name != "unread"
+    )
 
 
 def marks(loaded: ir.Model) -> list[str]:
@@ -122,13 +124,16 @@ def proto_of(loaded: ir.Model) -> onnx.ModelProto:
 def there_and_back(
     proto: onnx.ModelProto, feeds: Arrays, between: Callable[[ir.Model], None] = lambda _: None
 ) -> tuple[ir.Model, onnx.ModelProto]:
-    """The normalised and the restored model, of which both compute what the original computes."""
+    """The normalised and the restored model, of which both compute what the original computes.
+
+    What is restored is the normalised model written and read: nothing but names and marks leads back.
+    """
     before = run(proto, feeds)
     loaded = load(proto)
     done = normalise(loaded)
     assert private(loaded)
     assert equal(run(proto_of(loaded), feeds), before)
-    normalised = loaded.clone()
+    normalised, loaded = loaded, load(proto_of(loaded))
     between(loaded)
     restore(loaded, done)
     assert not marks(loaded)
@@ -173,9 +178,18 @@ SHARED = {
         ],
         "unit shape",
     ),
+    "as a quantised weight": (
+        [
+            node("DequantizeLinear", "small step", "wide"),
+            node("MatMul", "x wide", "a"),
+            node("MatMul", "a wide", "y"),
+        ],
+        "small step",
+    ),
     "as an output of the graph": ([node("MatMul", "x w", "a"), node("Add", "a w2", "y")], "w w2"),
 }
 EXTRA = {"shape": np.array([BATCH, SEQUENCE, HIDDEN]), "w2": random(3, HIDDEN)}
+EXTRA |= {"small": (W["w"] * 50).astype(np.int8), "step": np.array(0.02, np.float32)}
 
 
 @pytest.mark.parametrize("case", SHARED)
@@ -194,6 +208,17 @@ def test_copies_share_the_data() -> None:
     first, second = loaded.graph.initializers["w"], loaded.graph.initializers["w_2"]
     assert first.const_value is second.const_value
     assert done.ties == {"w_2": "w"}
+
+
+def test_no_weight_is_loaded() -> None:
+    def load_it() -> ir.TensorProtocol:
+        raise AssertionError("a weight was loaded")
+
+    loaded = load(model(SHARED["through a transposition"][0], X, {"w": W["w"]}))
+    lazy = ir.LazyTensor(load_it, ir.DataType.FLOAT, ir.Shape([HIDDEN, HIDDEN]))
+    loaded.graph.initializers["w"].const_value = lazy
+    restore(loaded, normalise(loaded))
+    assert [value.const_value for value in loaded.graph.initializers.values()] == [lazy]
 
 
 def test_copies_that_differ_stay_apart() -> None:
@@ -240,9 +265,10 @@ def test_a_plain_model_comes_back_as_it_was() -> None:
 
 def test_initializers_that_are_inputs() -> None:
     nodes = [node("MatMul", "x w", "a"), node("MatMul", "a w", "c"), node("Add", "c b", "y")]
-    proto = model(nodes, X, {"w": W["w"], "b": W["b"]}, exposed=["b", "w"], opset=8, ir_version=3)
+    weights = {"w": W["w"], "b": W["b"], "unread": W["unit"]}
+    proto = model(nodes, X, weights, exposed=["b", "unread", "w"], opset=8, ir_version=3)
     normalised, restored = there_and_back(proto, X)
-    assert [value.name for value in normalised.graph.inputs] == ["x"]
+    assert [value.name for value in normalised.graph.inputs] == ["x", "unread"]
     assert content(restored) == content(proto)
 
 
@@ -431,14 +457,20 @@ def test_fused_residuals(form: str, opset: int) -> None:
     assert content(restored) == content(proto)
 
 
+@pytest.mark.parametrize("op", ["SkipLayerNormalization", "SkipSimplifiedLayerNormalization"])
+def test_an_epsilon_that_is_not_given(op: str) -> None:
+    nodes = [node(op, "x skip g", "y", domain=MICROSOFT)]
+    feeds = {"x": X["x"] * np.float32(1e-4), "skip": X["x"] * np.float32(1e-5)}
+    there_and_back(model(nodes, feeds, {"g": NORM["g"]}), feeds)
+
+
 def residual_stack(layers: int = 2) -> onnx.ModelProto:
     """Pre-norm: the sum goes on, the norm is what the branch reads."""
     nodes = [node("LayerNormalization", "x g beta", "n0", epsilon=1e-5)]
     for i in range(layers):
-        stream = "x" if i == 0 else f"s{i}"
-        reads = f"{{b}} {stream} g beta bias"
-        nodes += skip_block("SkipLayerNormalization", reads, f"n{i + 1} _ _ s{i + 1}", f"n{i}", i)
-    return model([*nodes, node("Add", f"n{layers} s{layers}", "y")], X, NORM)
+        stream, makes = ("x" if i == 0 else f"s{i}"), f"n{i + 1}" + (f" _ _ s{i + 1}" if i + 1 < layers else "")
+        nodes += skip_block("SkipLayerNormalization", f"{{b}} {stream} g beta bias", makes, f"n{i}", i)
+    return model([*nodes, node("Relu", f"n{layers}", "y")], X, NORM)
 
 
 @pytest.mark.parametrize("suffix", ["", ".clone"])
