@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
+
+import numpy as np
 
 from growkit.matrices import Array
 from growkit.model import Model
@@ -68,6 +70,9 @@ class Adapter(Protocol):
     def forward(self, model: Model, device: str = "auto") -> Forward:
         """A function that runs the model on ``device``: ``cpu``, ``cuda``, or ``auto`` for a GPU where there is one."""
 
+    def inputs(self, model: Model, seed: int) -> Iterator[dict[str, np.ndarray]]:
+        """Inputs that exercise the model: plain, padded, and at several sizes."""
+
 
 @cache
 def adapters() -> Mapping[str, Adapter]:
@@ -95,7 +100,9 @@ def adapter_for(source: Any) -> Adapter:
             if path.is_dir()
             else "not a model"
         )
-        raise UnsupportedModel(f"{path}: {what}; expected a model directory with config.json and safetensors")
+        raise UnsupportedModel(
+            f"{path}: {what}; expected a model directory with config.json and safetensors, or an .onnx "
+            "file")
     raise UnsupportedModel(f"an object of type {type(source).__name__} is no model that an installed adapter reads")
 
 
@@ -103,7 +110,8 @@ def read(source: Any) -> Model:
     """Read a model.
 
     Args:
-        source: A model directory, or an ``nn.Module`` of a known architecture.
+        source: A model directory, an ``nn.Module`` of a known architecture, an ``.onnx`` file, or an
+            ``onnx.ModelProto``.
 
     Returns:
         The model; its weights are loaded when they are asked for.

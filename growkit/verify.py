@@ -98,7 +98,7 @@ def verify(source: Model, target: Model, *, atol: float | None = None, seed: int
     operator = target.growth.operator if target.growth else None
     first, second = source.adapter.forward(source, device), target.adapter.forward(target, device)
     worst: dict[str, OutputReport] = {}
-    for inputs in generated_inputs(source.graph, seed):
+    for inputs in source.adapter.inputs(source, seed):
         for report in compared(source.graph, operator, first(inputs), second(inputs)):
             if report.name not in worst or not report.max_rel_diff <= worst[report.name].max_rel_diff:
                 worst[report.name] = report

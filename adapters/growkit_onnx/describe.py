@@ -144,6 +144,7 @@ class Description:
     Attributes:
         graph: The layer graph.
         stored: For each tensor of the graph the initializers that hold it, one for every layer that shares it.
+        slots: For each slot's key the initializer that fills it, that of the first layer in a stack.
         stacks: The graph's repeated blocks, by the name of their stack.
         norms: For each norm layer's key the norms it stands for, one for each layer of its stack.
         names: The named spaces.
@@ -152,6 +153,7 @@ class Description:
 
     graph: LayerGraph
     stored: Mapping[str, tuple[ir.Value, ...]]
+    slots: Mapping[str, ir.Value]
     stacks: Mapping[str, Blocks]
     norms: Mapping[str, tuple[Norm, ...]]
     names: Names
@@ -713,6 +715,7 @@ class _Assembly:
         self.scene, self.names = describer.scene, describer.names
         self.stacks, self.first, self.outside = stacks, first, outside
         self.stored: dict[str, tuple[ir.Value, ...]] = {}
+        self.slots: dict[str, ir.Value] = {}
         self.norms: dict[str, tuple[Norm, ...]] = {}
         self.norm_names: dict[int, str] = {}
         self.taken: set[str] = set()
@@ -746,7 +749,7 @@ class _Assembly:
             outputs=tuple(self._outputs()),
         )
         frozen = {name: why for name in self.names.sizes if (why := self._frozen(name)) is not None}
-        return Description(graph, self.stored, self.stacks, self.norms, self.names, frozen)
+        return Description(graph, self.stored, self.slots, self.stacks, self.norms, self.names, frozen)
 
     # --- spaces ------------------------------------------------------------------------------------------------------
 
@@ -910,6 +913,7 @@ class _Assembly:
             self.stored[name] = tuple(values)
         else:
             self.stored |= {name.replace("{layer}", str(i)): (value,) for i, value in enumerate(values)}
+        self.slots[f"{stack or ''}/{draft.name}/{slot_name}"] = slot.stored
         dtype = slot.stored.dtype
         assert dtype is not None
         return Parameter(

@@ -8,6 +8,7 @@ that an abstract run knows every concrete shape and every concrete target of a R
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -162,7 +163,7 @@ class Executor:
         environment = self._start(inputs, weights)
         for _ in self._run(self.graph, environment):
             pass
-        return {str(value.name): self._find(value, environment) for value in self.graph.outputs}
+        return {str(value.name): self.find(value, environment) for value in self.graph.outputs}
 
     def values(
         self, inputs: Mapping[str, Tensor | np.ndarray], weights: Mapping[str, Tensor] | None = None
@@ -198,7 +199,7 @@ class Executor:
             return tensor if self.device.type == "meta" else tensor.to(self.device)
         return tensor.to(self.device, run_type(tensor.dtype, self.dtype))
 
-    def _constant(self, tensor: ir.TensorProtocol, where: str) -> Tensor:
+    def stored(self, tensor: ir.TensorProtocol, where: str) -> Tensor:
         """What the file holds: in an abstract run without its numbers, unless it is small or integer."""
         dtype = torch_dtype(tensor.dtype, where)
         abstract, floating, small = self.device.type == "meta", dtype.is_floating_point, tensor.size <= SMALL
@@ -208,7 +209,7 @@ class Executor:
         stays = small and (abstract or not floating)  # small integers on the CPU too, where shapes are computed
         return found.to(run_type(dtype, self.dtype)) if stays else self._placed(found)
 
-    def _find(self, value: ir.Value, environment: Mapping[ir.Value, Tensor]) -> Tensor:
+    def find(self, value: ir.Value, environment: Mapping[ir.Value, Tensor] = MappingProxyType({})) -> Tensor:
         """A value that is computed, given, or an initializer."""
         if value in environment:
             return environment[value]
@@ -217,7 +218,7 @@ class Executor:
                 raise InvalidModel(
                     f"the value '{value.name}' is used and never computed; expected a node before its use"
                 )
-            self._initializers[value] = self._constant(value.const_value, f"initializer '{value.name}'")
+            self._initializers[value] = self.stored(value.const_value, f"initializer '{value.name}'")
         return self._initializers[value]
 
     def _run(self, graph: ir.Graph, environment: dict[ir.Value, Tensor]) -> Iterator[tuple[ir.Node, Outputs]]:
@@ -227,11 +228,11 @@ class Executor:
             if any(_graphs(node)):
                 branch = self._branch(node, environment)
                 yield from self._run(branch, environment)
-                outputs: Outputs = tuple(self._find(value, environment) for value in branch.outputs)
+                outputs: Outputs = tuple(self.find(value, environment) for value in branch.outputs)
             elif node.op_type == "Constant":
-                outputs = (self._constant(operators.constant(node), named(node)),)
+                outputs = (self.stored(operators.constant(node), named(node)),)
             else:
-                inputs = [value if value is None else self._find(value, environment) for value in node.inputs]
+                inputs = [value if value is None else self.find(value, environment) for value in node.inputs]
                 outputs = run_node(node, inputs, self.opset, self.dtype)
             environment.update((value, t) for value, t in zip(node.outputs, outputs, strict=True) if t is not None)
             yield node, outputs
@@ -242,7 +243,7 @@ class Executor:
         """The branch of an If that its condition chooses."""
         if node.op_type != "If" or _domain(node):
             raise UnsupportedModel(f"{named(node)} runs a subgraph; of the operators that do, only If is supported")
-        (condition,) = Operation(node, self.opset).read(self._find(next(_used(node)), environment))
+        (condition,) = Operation(node, self.opset).read(self.find(next(_used(node)), environment))
         branch: ir.Graph = node.attributes["then_branch" if condition else "else_branch"].as_graph()
         return branch
 
@@ -267,4 +268,4 @@ def probe(model: ir.Model, inputs: Mapping[str, Tensor]) -> dict[ir.Value, Tenso
     found = executor._start(inputs, None)
     for node, outputs in executor._run(executor.graph, dict(found)):
         found.update((value, t) for value, t in zip(node.outputs, outputs, strict=True) if t is not None)
-    return found | {value: executor._find(value, found) for value in executor.graph.initializers.values()}
+    return found | {value: executor.find(value, found) for value in executor.graph.initializers.values()}

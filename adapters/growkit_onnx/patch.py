@@ -21,6 +21,7 @@ import torch
 from growkit_onnx.describe import Names
 from growkit_onnx.execute import Executor, run_node
 from growkit_onnx.infer import Scene
+from growkit_onnx.operators import constant
 from growkit_onnx.rules import CONTRIB
 from growkit_specs import GrowkitError, InvalidTarget
 from growkit_specs.layout import Axis, Concatenation, axis_size, product
@@ -76,7 +77,7 @@ class Resizing:
             {**sizes, **{leaf: leaf_sizes[r] for leaf, leaf_sizes in scene.unifier.spaces().items()}}
             for r in range(len(scene.runs))
         ]
-        executor = Executor(graph, device="meta")
+        self._executor = executor = Executor(graph, device="meta")
         self.runs: list[dict[ir.Value, Any]] = [{} for _ in scene.runs]
         for r, run in enumerate(self.runs):
             for value in graph.initializers.values():
@@ -160,7 +161,7 @@ class Resizing:
 
     def _run(self, node: ir.Node, run: Mapping[ir.Value, Any]) -> tuple[Any, ...]:
         if node.op_type == "Constant":
-            return (Executor(self.graph, device="meta").constant(node),)
+            return (self._executor.stored(constant(node), node.name or "a constant"),)
         return run_node(node, [value if value is None else run[value] for value in node.inputs], self.opset)
 
     def _fits(self, node: ir.Node, given: Sequence[tuple[Any, ...]] | None) -> bool:

@@ -7,7 +7,8 @@ too little of its inputs (dynamo gives each input a symbol of its own), so loose
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
@@ -28,18 +29,43 @@ Dimension = int | str
 Reading = Callable[[str, int, Dimension], object]
 """Which dimensions are one: a key for a dimension of an input, given the input's name, the axis and what it is called."""
 
+InputSizes = Mapping[tuple[str, int], int]
+"""The size of every dynamic dimension, by the input's name and the axis."""
 
-def trial_runs(model: ir.Model) -> tuple[list[dict[ir.Value, Any]], list[dict[str, torch.Tensor]]]:
-    """Two runs at different sizes, and the inputs they were given.
+
+@dataclass(frozen=True)
+class Trial:
+    """Runs of a graph without data.
+
+    Attributes:
+        graph: The graph.
+        runs: Every value's tensor, run by run.
+        inputs: What the runs were given.
+        reading: Which dynamic dimensions of the inputs are one.
+    """
+
+    graph: ir.Graph
+    runs: Sequence[Mapping[ir.Value, Any]]
+    inputs: Sequence[Mapping[str, torch.Tensor]]
+    reading: Reading
+
+    def shapes(self, batch: int, lengths: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        """The shapes of the inputs at a size of the batch, and at sizes of the other dynamic dimensions in turn."""
+        sizes = _sized(self.graph, self.reading, batch, lengths)
+        return {str(value.name): _shape(value, sizes) for value in _fed(self.graph)}
+
+
+def trial(model: ir.Model) -> Trial:
+    """Run a model without data at two sizes of its dynamic inputs.
 
     Raises:
         UnsupportedModel: Where no reading of the inputs' dimensions runs; the first reason is told.
     """
     failure: str | None = None
-    for sizes in _readings(model):
+    for reading, sizes in _readings(model):
         try:
             inputs = [_inputs(model, run) for run in sizes]
-            return [probe(model, given) for given in inputs], inputs
+            return Trial(model.graph, [probe(model, given) for given in inputs], inputs, reading)
         except UnsupportedModel:
             raise
         except (GrowkitError, RuntimeError, ValueError, IndexError, TypeError, ZeroDivisionError) as error:
@@ -47,14 +73,14 @@ def trial_runs(model: ir.Model) -> tuple[list[dict[ir.Value, Any]], list[dict[st
     raise UnsupportedModel(f"the graph does not run at trial sizes of its inputs: {failure}")
 
 
-def _readings(model: ir.Model) -> Iterator[list[dict[tuple[str, int], int]]]:
+def _readings(model: ir.Model) -> Iterator[tuple[Reading, list[InputSizes]]]:
     """The sizes of every input's dimensions in both runs, for each reading of what is dynamic."""
     graph = model.graph
     taken = {size for value in graph.initializers.values() for size in _numbers(value)}
     primes = [p for p in _PRIMES if all(size % p or size == 0 for size in taken)] or list(_PRIMES)
     for choice in (primes, list(_SHORT)):
         for key in (_by_name, _by_axis):
-            yield [_sized(graph, key, choice, run) for run in (0, 1)]
+            yield key, [_sized(graph, key, _BATCH[run], choice[run::2]) for run in (0, 1)]
 
 
 def _numbers(value: ir.Value) -> Iterator[int]:
@@ -72,7 +98,7 @@ def _by_axis(name: str, axis: int, dimension: Dimension) -> object:
     return ("axis", axis)
 
 
-def _sized(graph: ir.Graph, key: Reading, primes: list[int], run: int) -> dict[tuple[str, int], int]:
+def _sized(graph: ir.Graph, key: Reading, batch: int, lengths: Sequence[int]) -> InputSizes:
     """The size of every dynamic dimension of the inputs."""
     sizes: dict[object, int] = {}
     found: dict[tuple[str, int], int] = {}
@@ -87,11 +113,10 @@ def _sized(graph: ir.Graph, key: Reading, primes: list[int], run: int) -> dict[t
                 continue
             which = key(str(value.name), axis, text)
             if which not in sizes:
-                order = len([k for k in sizes if k != "batch"])
-                sizes[which] = _BATCH[run] if axis == 0 else primes[(2 * order + run) % len(primes)]
+                sizes[which] = batch if axis == 0 else lengths[len(sizes) % len(lengths)]
             found[str(value.name), axis] = sizes[which]
     for place, text in sums:
-        found[place] = _evaluated(text, sizes, primes[run])
+        found[place] = _evaluated(text, sizes, lengths[0])
     return found
 
 
@@ -131,14 +156,18 @@ def _fed(graph: ir.Graph) -> list[ir.Value]:
     return [value for value in graph.inputs if value.name not in graph.initializers]
 
 
-def _inputs(model: ir.Model, sizes: Mapping[tuple[str, int], int]) -> dict[str, torch.Tensor]:
+def _shape(value: ir.Value, sizes: InputSizes) -> tuple[int, ...]:
+    return tuple(
+        dimension if isinstance(dimension, int) else sizes[str(value.name), axis]
+        for axis, dimension in enumerate(value.shape or ())
+    )
+
+
+def _inputs(model: ir.Model, sizes: InputSizes) -> dict[str, torch.Tensor]:
     """Floats without data; ones where integers or truth values are asked for, which every table and mask has."""
     made = {}
     for value in _fed(model.graph):
-        shape = [
-            dimension if isinstance(dimension, int) else sizes[str(value.name), axis]
-            for axis, dimension in enumerate(value.shape or ())
-        ]
+        shape = _shape(value, sizes)
         if value.dtype is None or value.dtype.name not in _DTYPES:
             raise UnsupportedModel(f"the input {value.name} is of type {value.dtype}; expected numbers")
         dtype = getattr(torch, _DTYPES[value.dtype.name])

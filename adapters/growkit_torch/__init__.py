@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from growkit.adapters import Forward
 from growkit.model import Model
 from growkit.operator import GrowthOperator
+from growkit.verify import generated_inputs
 from growkit_specs import LayerGraph
 
 
@@ -66,6 +69,10 @@ class TorchAdapter:
         from growkit_torch.forward import ModuleForward
 
         return ModuleForward(model, device)
+
+    def inputs(self, model: Model, seed: int) -> Iterator[dict[str, np.ndarray]]:
+        """Inputs made from the graph's ports."""
+        return generated_inputs(model.graph, seed)
 
 
 __all__ = ["TorchAdapter"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from growkit.matrices import Array
 from growkit.model import Model
 from growkit.operator import GrowthOperator
 from growkit.reference import reference_forward
+from growkit.verify import generated_inputs
 from growkit.weights import dtype_of
 from growkit_specs import LayerGraph, UnsupportedFormat
 from growkit_specs.layout import axis_size
@@ -59,6 +60,10 @@ class MemoryAdapter:
     def build(self, model: Model) -> Any:
         """The model's arrays by name."""
         return dict(model.weights)
+
+    def inputs(self, model: Model, seed: int) -> Iterator[dict[str, np.ndarray]]:
+        """Inputs made from the graph's ports."""
+        return generated_inputs(model.graph, seed)
 
     def forward(self, model: Model, device: str = "auto") -> Forward:
         """:func:`~growkit.reference.reference_forward` of the model, whatever the device."""

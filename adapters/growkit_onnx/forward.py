@@ -1,0 +1,168 @@
+"""Running: a model in ONNX Runtime, or in torch where gradients are wanted; and inputs to run it on."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+
+from growkit.matrices import Array
+from growkit.model import Model
+from growkit_onnx.execute import Executor
+from growkit_onnx.files import write_file
+from growkit_onnx.read import Origin, build
+from growkit_specs import GrowkitError
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_MOVING = ("Cast", "Identity", "Unsqueeze", "Squeeze", "Reshape", "Expand", "Flatten")
+
+
+class GraphForward:
+    """A model as a function: ``forward(inputs, weights=None)``.
+
+    It runs in ONNX Runtime, from a file, so that weights that lie beside it are mapped and not loaded; where weights
+    are given it runs in torch.
+    """
+
+    def __init__(self, model: Model, device: str = "auto") -> None:
+        self.model = model
+        self.provider = _provider(device)
+        self._session: ort.InferenceSession | None = None
+        self._executor: Executor | None = None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def __call__(self, inputs: Mapping[str, Array], weights: Mapping[str, Any] | None = None) -> dict[str, Array]:
+        """Run the model.
+
+        Args:
+            inputs: Arrays by the names of the graph's inputs.
+            weights: Tensors to use in place of the model's own, by its tensors' names; gradients flow into them.
+
+        Returns:
+            Outputs by name: numpy arrays, or torch tensors where ``weights`` are given.
+        """
+        if weights is not None:
+            return self._in_torch(inputs, weights)
+        session = self.session
+        names = [output.name for output in session.get_outputs()]
+        try:
+            given = {name: np.asarray(value) for name, value in inputs.items()}
+            return dict(zip(names, session.run(names, given), strict=True))
+        except Exception as error:  # the runtime's errors share no base class
+            raise GrowkitError(f"ONNX Runtime cannot run the model: {_line(error)}") from None
+
+    @property
+    def session(self) -> ort.InferenceSession:
+        """The model in ONNX Runtime."""
+        if self._session is None:
+            options = ort.SessionOptions()
+            options.log_severity_level = 4
+            try:
+                self._session = ort.InferenceSession(str(self._path()), options, providers=[self.provider])
+            except Exception as error:  # the runtime's errors share no base class
+                raise GrowkitError(f"ONNX Runtime cannot load the model: {_line(error)}") from None
+        return self._session
+
+    def _path(self) -> Path:
+        """The model's file; of a model in memory, one that is written for the purpose."""
+        origin: Origin = self.model.origin
+        if origin.operator is None and origin.path is not None:
+            return origin.path
+        self._folder = tempfile.TemporaryDirectory(prefix="growkit-")
+        path = Path(self._folder.name) / "model.onnx"
+        write_file(build(self.model), path, external=True)
+        return path
+
+    def _in_torch(self, inputs: Mapping[str, Array], weights: Mapping[str, Any]) -> dict[str, Any]:
+        origin: Origin = self.model.origin
+        if self._executor is None:
+            surgery = origin.surgery() if origin.operator is not None else None
+            graph = surgery.model_with(self.model.weights) if surgery is not None else origin.model
+            self._holders = {
+                tensor.name: [
+                    str(value.name)
+                    for value in (surgery.holders(tensor) if surgery else origin.description.stored[tensor.name])
+                ]
+                for tensor in self.model.graph.tensors()
+            }
+            self._executor = Executor(graph, device="cuda" if self.provider == _PROVIDERS["cuda"] else "cpu")
+        held = {holder: weights[name] for name, holders in self._holders.items() if name in weights for holder in holders}
+        known = self._executor.graph.initializers
+        return self._executor(inputs, {name: tensor for name, tensor in held.items() if name in known})
+
+
+def _provider(device: str) -> str:
+    available = ort.get_available_providers()
+    if device == "auto":
+        device = "cuda" if _PROVIDERS["cuda"] in available else "cpu"
+    if device not in _PROVIDERS:
+        raise GrowkitError(f"the device '{device}' is not known; expected auto, cpu or cuda")
+    if _PROVIDERS[device] not in available:
+        raise GrowkitError(
+            "the device 'cuda' was asked for, and this ONNX Runtime has no CUDA provider; install growkit[gpu], or use "
+            "--device cpu"
+        )
+    return _PROVIDERS[device]
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+# --- inputs ----------------------------------------------------------------------------------------------------------
+
+
+def random_inputs(model: Model, seed: int) -> Iterator[dict[str, np.ndarray]]:
+    """Inputs that exercise a model, at sizes that its axes were not inferred with: plain, padded, and a batch of one."""
+    origin: Origin = model.origin
+    rng = np.random.default_rng(seed)
+    longest = min([16, *(size // 2 for size in _table_sizes(origin) if size >= 8)])
+    for batch, length, padded in ((4, longest, False), (5, max(longest // 2, 2), True), (1, longest, False)):
+        shapes = origin.trial.shapes(batch, (length, max(length - 3, 2), max(length // 2, 2)))
+        yield {
+            str(value.name): _drawn(origin, value, shapes[str(value.name)], rng, padded=padded)
+            for value in origin.model.graph.inputs
+        }
+
+
+def _table_sizes(origin: Origin) -> list[int]:
+    """The sizes of tables that positions may be looked up in."""
+    return [size for name, size in origin.description.graph.sizes.items() if name.startswith("positions")]
+
+
+def _drawn(
+    origin: Origin, value: ir.Value, shape: tuple[int, ...], rng: np.random.Generator, *, padded: bool
+) -> np.ndarray:
+    assert value.dtype is not None
+    dtype = value.dtype.numpy()
+    if dtype.kind == "f" or dtype == ml_dtypes.bfloat16:
+        return rng.standard_normal(shape).astype(dtype)
+    below = _entries(origin, value)
+    if below is not None:
+        return rng.integers(0, below, shape).astype(dtype)
+    ones = np.ones(shape, dtype=dtype)
+    if padded and ones.ndim >= 2 and shape[-1] > 2:
+        ones[0, ..., shape[-1] - shape[-1] // 3 :] = 0
+    return ones
+
+
+def _entries(origin: Origin, value: ir.Value) -> int | None:
+    """The number of rows of the tables that an input's entries look up; None where they look up none."""
+    found: list[int] = []
+    todo = [value]
+    while todo:
+        each = todo.pop()
+        for user in each.consumers():
+            if user.op_type == "Gather" and user.inputs[1] is each and origin.scene.is_weight(user.inputs[0]):
+                assert user.inputs[0] is not None
+                axis = origin.scene.axes(user.inputs[0])[user.attributes.get_int("axis", 0)]
+                found.append(origin.scene.sizes(axis)[0])
+            elif user.op_type in _MOVING and user.inputs[0] is each:
+                todo.append(user.outputs[0])
+    return min(found, default=None)
