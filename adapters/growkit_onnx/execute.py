@@ -124,7 +124,8 @@ def _last_uses(graph: ir.Graph) -> dict[ir.Node, list[ir.Value]]:
 class Executor:
     """A graph as a function of its inputs and, where they are given, its weights.
 
-    The graph is read anew in every run, so it may be edited between two of them; its initializers are read once.
+    The graph is read anew in every run, so it may be edited between two of them, and during an abstract one after the
+    node that was last run; its initializers are read once.
 
     Args:
         model: A model, or a graph of one. Functions are to be inlined before.
@@ -221,8 +222,8 @@ class Executor:
         return self._initializers[value]
 
     def _run(self, graph: ir.Graph, environment: dict[ir.Value, Tensor]) -> Iterator[tuple[ir.Node, Outputs]]:
-        """Run a graph's nodes in order, keeping in the environment what is still needed."""
-        last_uses = _last_uses(graph)
+        """Run a graph's nodes in order, keeping in the environment what is still needed, or all that costs nothing."""
+        last_uses = {} if self.device.type == "meta" else _last_uses(graph)
         for node in graph:
             if any(_graphs(node)):
                 branch = self._branch(node, environment)
@@ -235,7 +236,7 @@ class Executor:
                 outputs = run_node(node, inputs, self.opset, self.dtype)
             environment.update((value, t) for value, t in zip(node.outputs, outputs, strict=True) if t is not None)
             yield node, outputs
-            for value in last_uses[node]:
+            for value in last_uses.get(node, ()):
                 environment.pop(value, None)
 
     def _branch(self, node: ir.Node, environment: Mapping[ir.Value, Tensor]) -> ir.Graph:
@@ -265,6 +266,6 @@ def probe(model: ir.Model, inputs: Mapping[str, Tensor]) -> dict[ir.Value, Tenso
     """
     executor = Executor(model, device="meta")
     found = executor._start(inputs, None)
-    for node, outputs in executor._run(executor.graph, dict(found)):
-        found.update((value, t) for value, t in zip(node.outputs, outputs, strict=True) if t is not None)
-    return found | {value: executor._find(value, found) for value in executor.graph.initializers.values()}
+    for _ in executor._run(executor.graph, found):
+        pass
+    return {value: executor._find(value, found) for value in executor.graph.initializers.values()} | found
