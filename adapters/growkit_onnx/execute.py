@@ -26,6 +26,9 @@ TABLE = operators.TABLE | spatial.TABLE | attention.TABLE | fused.TABLE
 # Constants of at most so many entries keep their numbers in an abstract run: axes, sizes, scales.
 SMALL = 64
 
+# What torch and Python raise where the inputs of a node do not fit its operator.
+MISFITS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
 Outputs = tuple[Tensor | None, ...]
 
 
@@ -42,9 +45,7 @@ def _gathered(inputs: Sequence[Any]) -> list[Any]:
     return [value.to(device) if isinstance(value, Tensor) else value for value in inputs]
 
 
-def run_node(
-    node: ir.Node, inputs: Sequence[Tensor | None], opset: int, dtype: torch.dtype | None = None
-) -> tuple[Tensor | None, ...]:
+def run_node(node: ir.Node, inputs: Sequence[Tensor | None], opset: int, dtype: torch.dtype | None = None) -> Outputs:
     """Run one node, abstractly where one of its inputs is on ``meta``.
 
     Args:
@@ -54,7 +55,7 @@ def run_node(
         dtype: The type in which all floating point runs; None leaves every tensor its own.
 
     Returns:
-        A tensor for each of its outputs; None for an output without a name that the operator need not compute.
+        A tensor for each of its outputs; None for one that nothing uses and the handler does not compute.
 
     Raises:
         UnsupportedModel: For an operator, or a form of one, that is not in the table.
@@ -71,24 +72,16 @@ def run_node(
         found = entry.run(op, *_gathered(arguments))
     except GrowkitError:
         raise
-    except (
-        ArithmeticError,
-        AttributeError,
-        IndexError,
-        NotImplementedError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except MISFITS as error:
         shapes = ", ".join("-" if value is None else str(list(value.shape)) for value in inputs)
         reason = str(error).strip().split("\n")[0]
         raise InvalidModel(f"{named(node)} does not take inputs of shapes {shapes}: {reason}") from error
-    outputs = list(found) if isinstance(found, (tuple, list)) else [found]
-    outputs += [None] * (len(node.outputs) - len(outputs))
-    for value, tensor in zip(node.outputs, outputs, strict=False):
-        if tensor is None and value.name and (value.uses() or value.is_graph_output()):
+    outputs: Outputs = found if isinstance(found, tuple) else (found,)
+    outputs = (*outputs, *(None,) * len(node.outputs))[: len(node.outputs)]
+    for value, tensor in zip(node.outputs, outputs, strict=True):
+        if tensor is None and (value.uses() or value.is_graph_output()):
             raise UnsupportedModel(f"{named(node)}: its output '{value.name}' is not supported")
-    return tuple(outputs[: len(node.outputs)])
+    return outputs
 
 
 def _graphs(node: ir.Node) -> Iterator[ir.Graph]:
