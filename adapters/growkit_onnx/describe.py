@@ -300,13 +300,14 @@ class _Describer:
 
     @cached_property
     def main(self) -> set[ir.Value]:
-        """The bases of the streams themselves: what values that are added to each other share."""
-        sums: Counter[ir.Value] = Counter()
-        for node in self.scene.graph:
-            inputs = [value for value in node.inputs if value is not None and self.stream.carries(value)]
-            if node.op_type == "Add" and len(inputs) == 2 and node not in self.norm_of:
-                sums[self.basis(node.outputs[0])] += 1
-        return {basis for basis, count in sums.items() if count >= 2} or set(sums)
+        """The bases of the streams themselves: those in which two of the stream's values are added."""
+        return {
+            self.basis(node.outputs[0])
+            for node in self.scene.graph
+            if node.op_type == "Add"
+            and node not in self.norm_of
+            and all(value is not None and self.stream.carries(value) for value in node.inputs)
+        }
 
     # --- what hangs together -----------------------------------------------------------------------------------------
 
@@ -649,7 +650,8 @@ class _Branch:
             name = str(source.name).lower()
         if not self._writes_stream(node) and not self._is_stream_sized(node):
             return "relative_bias"
-        if "type" in name or "segment" in name:
+        told = str(weight.stored.name).lower()
+        if any(word in text for text in (name, told) for word in ("type", "segment")):
             return "token_type_embeddings"
         if "position" in name or not name:
             return "position_embeddings"

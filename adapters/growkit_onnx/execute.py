@@ -27,6 +27,9 @@ TABLE = operators.TABLE | spatial.TABLE | attention.TABLE | fused.TABLE
 # Constants of at most so many entries keep their numbers in an abstract run: axes, sizes, scales.
 SMALL = 64
 
+# What torch and Python raise where the inputs of a node do not fit its operator.
+MISFITS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
 Outputs = tuple[Tensor | None, ...]
 
 
@@ -43,9 +46,7 @@ def _gathered(inputs: Sequence[Any]) -> list[Any]:
     return [value.to(device) if isinstance(value, Tensor) else value for value in inputs]
 
 
-def run_node(
-    node: ir.Node, inputs: Sequence[Tensor | None], opset: int, dtype: torch.dtype | None = None
-) -> tuple[Tensor | None, ...]:
+def run_node(node: ir.Node, inputs: Sequence[Tensor | None], opset: int, dtype: torch.dtype | None = None) -> Outputs:
     """Run one node, abstractly where one of its inputs is on ``meta``.
 
     Args:
@@ -55,7 +56,7 @@ def run_node(
         dtype: The type in which all floating point runs; None leaves every tensor its own.
 
     Returns:
-        A tensor for each of its outputs; None for an output without a name that the operator need not compute.
+        A tensor for each of its outputs; None for one that nothing uses and the handler does not compute.
 
     Raises:
         UnsupportedModel: For an operator, or a form of one, that is not in the table.
@@ -72,24 +73,16 @@ def run_node(
         found = entry.run(op, *_gathered(arguments))
     except GrowkitError:
         raise
-    except (
-        ArithmeticError,
-        AttributeError,
-        IndexError,
-        NotImplementedError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except MISFITS as error:
         shapes = ", ".join("-" if value is None else str(list(value.shape)) for value in inputs)
         reason = str(error).strip().split("\n")[0]
         raise InvalidModel(f"{named(node)} does not take inputs of shapes {shapes}: {reason}") from error
-    outputs = list(found) if isinstance(found, (tuple, list)) else [found]
-    outputs += [None] * (len(node.outputs) - len(outputs))
-    for value, tensor in zip(node.outputs, outputs, strict=False):
-        if tensor is None and value.name and (value.uses() or value.is_graph_output()):
+    outputs: Outputs = found if isinstance(found, tuple) else (found,)
+    outputs = (*outputs, *(None,) * len(node.outputs))[: len(node.outputs)]
+    for value, tensor in zip(node.outputs, outputs, strict=True):
+        if tensor is None and (value.uses() or value.is_graph_output()):
             raise UnsupportedModel(f"{named(node)}: its output '{value.name}' is not supported")
-    return tuple(outputs[: len(node.outputs)])
+    return outputs
 
 
 def _graphs(node: ir.Node) -> Iterator[ir.Graph]:
@@ -125,7 +118,8 @@ def _last_uses(graph: ir.Graph) -> dict[ir.Node, list[ir.Value]]:
 class Executor:
     """A graph as a function of its inputs and, where they are given, its weights.
 
-    The graph is read anew in every run, so it may be edited between two of them; its initializers are read once.
+    The graph is read anew in every run, so it may be edited between two of them, and during an abstract one after the
+    node that was last run; its initializers are read once.
 
     Args:
         model: A model, or a graph of one. Functions are to be inlined before.
@@ -222,8 +216,8 @@ class Executor:
         return self._initializers[value]
 
     def _run(self, graph: ir.Graph, environment: dict[ir.Value, Tensor]) -> Iterator[tuple[ir.Node, Outputs]]:
-        """Run a graph's nodes in order, keeping in the environment what is still needed."""
-        last_uses = _last_uses(graph)
+        """Run a graph's nodes in order, keeping in the environment what is still needed, or all that costs nothing."""
+        last_uses = {} if self.device.type == "meta" else _last_uses(graph)
         for node in graph:
             if any(_graphs(node)):
                 branch = self._branch(node, environment)
@@ -236,7 +230,7 @@ class Executor:
                 outputs = run_node(node, inputs, self.opset, self.dtype)
             environment.update((value, t) for value, t in zip(node.outputs, outputs, strict=True) if t is not None)
             yield node, outputs
-            for value in last_uses[node]:
+            for value in last_uses.get(node, ()):
                 environment.pop(value, None)
 
     def _branch(self, node: ir.Node, environment: Mapping[ir.Value, Tensor]) -> ir.Graph:
@@ -266,6 +260,6 @@ def probe(model: ir.Model, inputs: Mapping[str, Tensor]) -> dict[ir.Value, Tenso
     """
     executor = Executor(model, device="meta")
     found = executor._start(inputs, None)
-    for node, outputs in executor._run(executor.graph, dict(found)):
-        found.update((value, t) for value, t in zip(node.outputs, outputs, strict=True) if t is not None)
-    return found | {value: executor.find(value, found) for value in executor.graph.initializers.values()}
+    for _ in executor._run(executor.graph, found):
+        pass
+    return {value: executor.find(value, found) for value in executor.graph.initializers.values()} | found

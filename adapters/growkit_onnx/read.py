@@ -71,7 +71,7 @@ class Origin:
                 raise InvalidTarget(f"{space} cannot grow from {self.description.graph.sizes[space]} to {size}: {why}")
         self._refuse_caches(graph)
         grown = replace(self, target=graph, operator=operator)
-        grown.surgery().model_with({})  # patches the integers, or says why it cannot; no weight is made
+        grown.surgery().resize()  # the integers are patched, or it is said why they cannot be
         return grown
 
     @property

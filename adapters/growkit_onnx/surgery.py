@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -77,6 +78,16 @@ class Surgery:
         Raises:
             InvalidTarget: Where the graph cannot have these sizes.
         """
+        self.resize(weights)
+        restore(self.model, self.normalised)
+        return self.model
+
+    def resize(self, weights: Mapping[str, np.ndarray] = MappingProxyType({})) -> None:
+        """Bring the graph to the target's sizes; no weight is made.
+
+        Raises:
+            InvalidTarget: Where it cannot have them.
+        """
         grown = self._exchange_weights(weights)
         self._patch_epsilons()
         resizing = Resizing(
@@ -92,8 +103,6 @@ class Surgery:
         self._show_shapes(resizing)
         if self.outputs == "project":
             self._project_outputs(resizing)
-        restore(self.model, self.normalised)
-        return self.model
 
     # --- weights -----------------------------------------------------------------------------------------------------
 
@@ -139,12 +148,12 @@ class Surgery:
         if index is None:
             node.attributes["epsilon"] = ir.AttrFloat32("epsilon", epsilon)
             return
-        old = node.inputs[index]
-        assert old is not None and old.dtype is not None
+        stored = source.inputs[index]
+        assert stored is not None and (number := self.scene.constant(stored)) is not None
         name = f"{node.name}_epsilon"
-        array = np.array(epsilon, dtype=old.dtype.numpy()).reshape([1] * len(self.scene.axes(source.inputs[index])))
+        array = np.full_like(number, epsilon)
         value = ir.Value(name=name, shape=ir.Shape(array.shape), const_value=ir.tensor(array, name=name))
-        value.type = ir.TensorType(old.dtype)
+        value.type = ir.TensorType(value.const_value.dtype)  # type: ignore[union-attr]
         self.graph.register_initializer(value)
         node.replace_input_with(index, value)
 

@@ -569,16 +569,14 @@ HALVES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [np.float16, ir.DataType.BFLOAT16.numpy()], ids=lambda dtype: np.dtype(dtype).name)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", HALVES, ids=str)
-def test_half_types_stay_what_they_are(case: Case, dtype: Any) -> None:
-    proto, feeds = case.proto(), case.feeds
-    whole = Executor(loaded(proto))(feeds)["y0"]
-    halved = {name: torch.from_numpy(x) for name, x in feeds.items()}
-    name = {"float16": torch.float16, "bfloat16": torch.bfloat16}[np.dtype(dtype).name]
-    halved = {key: x.to(name) if x.is_floating_point() else x for key, x in halved.items()}
-    half = Executor(loaded(proto))(halved)["y0"]
-    assert half.dtype == (name if whole.is_floating_point() else whole.dtype)
+def test_half_types_stay_what_they_are(case: Case, dtype: torch.dtype) -> None:
+    run = Executor(loaded(case.proto()))
+    whole = run(case.feeds)["y0"]
+    feeds = {name: torch.from_numpy(x) for name, x in case.feeds.items()}
+    half = run({name: x.to(dtype) if x.is_floating_point() else x for name, x in feeds.items()})["y0"]
+    assert half.dtype == (dtype if whole.is_floating_point() else whole.dtype)
     torch.testing.assert_close(half.to(whole.dtype), whole, rtol=0.05, atol=0.05 * whole.abs().max().item())
 
 
@@ -700,6 +698,24 @@ def test_a_value_is_released_after_its_last_use() -> None:
         del output
         counts.append(sum(ref() is not None for ref in alive))
     assert max(counts) <= 3
+
+
+@pytest.mark.gpu
+def test_a_gpu_computes_what_the_cpu_does() -> None:
+    proto, feeds = attending()
+    found = Executor(loaded(proto), device="cuda", dtype=torch.float64)(feeds)["y"]
+    torch.testing.assert_close(found.cpu(), Executor(loaded(proto), dtype=torch.float64)(feeds)["y"])
+
+
+def test_a_node_that_is_added_ahead_of_an_abstract_run_is_run() -> None:
+    proto, feeds = attending()
+    run = Executor(unreadable(loaded(proto)), device="meta")
+    seen = []
+    for ran, _ in run.values({"tokens": torch.from_numpy(feeds["tokens"])}):
+        seen.append(ran.op_type)
+        if ran.op_type == "Softmax":
+            run.graph.insert_after(ran, ir.node("Neg", [ran.inputs[0]]))
+    assert seen[seen.index("Softmax") + 1] == "Neg"
 
 
 # Subgraphs
