@@ -24,6 +24,9 @@ FUSED = "growkit.fused"  # the metadata key of what was one node; a copy carries
 # What these give says how large a value is, not what it holds: the stream doesn't flow through them.
 _MEASURES = frozenset({"Shape", "Size"})
 
+# Attributes that optimisers write out or leave out, whatever the block, and that say nothing of its structure.
+_IMPLIED = frozenset({"stash_type", "allowzero"})
+
 
 @dataclass(frozen=True)
 class Block:
@@ -300,28 +303,37 @@ def _read(part: _Part, roots: Sequence[ir.Value] = ()) -> _Reading:
 
     def say(node: ir.Node) -> Hashable:
         wired: list[int | str] = []
-        for value in node.inputs:
+        for value in map(_seen, node.inputs):
             wired.append("none" if value is None else places[value] if value in told else "leaf")
             leaves.extend([value] if value is not None and value not in told else [])
-        attributes = sorted((name, _attribute(attribute)) for name, attribute in node.attributes.items())
+        attributes = sorted((name, _attribute(a)) for name, a in node.attributes.items() if name not in _IMPLIED)
         return node.domain, node.op_type, node.overload, tuple(attributes), tuple(wired), len(node.outputs)
 
-    pending = [*reversed(roots), part.exit]
+    pending = [_seen(root) for root in (*reversed(roots), part.exit)]
     while pending:
         value = pending[-1]
         node = value.producer() if value is not part.entry else None
-        waiting = [v for v in node.inputs if v in told and v not in places] if node is not None else []
-        if value in places or not waiting:
-            pending.pop()
-        if value in places:
+        inputs = map(_seen, node.inputs) if node is not None else ()
+        waiting = [v for v in inputs if v is not None and v in told and v not in places]
+        if waiting and value not in places:
+            pending.extend(reversed(waiting))
             continue
-        if waiting:
-            pending.extend(v for v in reversed(waiting) if v is not None)
+        pending.pop()
+        if value in places:
             continue
         words.append(told[value] if node is None else say(node))
         for made in node.outputs if node is not None else (value,):
             places[made] = len(places)
-    return _Reading((*words, *(places[root] for root in roots)), tuple(places), tuple(leaves))
+    return _Reading((*words, *(places[_seen(root)] for root in roots)), tuple(places), tuple(leaves))
+
+
+def _seen(value: ir.Value | None) -> ir.Value | None:
+    """The value itself, where it is only passed on: exporters join lists that have a single tensor in them."""
+    while value is not None and (node := value.producer()) is not None:
+        if node.op_type != "Concat" or len(node.inputs) != 1:
+            break
+        value = node.inputs[0]
+    return value
 
 
 def _attribute(attribute: ir.Attr) -> str:
@@ -411,7 +423,10 @@ def _stack(nodes: Sequence[ir.Node], cuts: Sequence[ir.Value]) -> Iterator[Block
 def _with_shared_roles(parts: Sequence[_Part], readings: Sequence[_Reading]) -> list[_Part]:
     """The parts less what only some of them have to themselves: what all have at a place is theirs, or none's."""
     bodies = [set(part.nodes) for part in parts]
-    own: list[set[ir.Node]] = [{v.producer() for v in r.values} & body for r, body in zip(readings, bodies, strict=True)]
+    own: list[set[ir.Node]] = [set() for _ in parts]
+    for part, mine in zip(parts, own, strict=True):
+        told = _told(part)
+        _add_makers(part.exit, {node for node in part.nodes if not told.keys().isdisjoint(node.outputs)}, mine)
     for leaves in zip(*(reading.leaves for reading in readings), strict=True):
         if all(leaf.producer() in body for leaf, body in zip(leaves, bodies, strict=True)):
             for leaf, body, mine in zip(leaves, bodies, own, strict=True):

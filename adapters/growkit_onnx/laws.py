@@ -16,6 +16,7 @@ from functools import cache, cached_property
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from reprlib import Repr
+from typing import NamedTuple
 
 import onnx
 import onnx_ir as ir
@@ -102,34 +103,53 @@ class Body:
             body = body.outer
         return False
 
-    def attributes(self) -> Iterator[tuple[str, AttributeProto]]:
+    def attributes(self) -> Iterator[tuple[Place, AttributeProto]]:
         """Every attribute of its nodes, and where it stands."""
         for node in self.proto.node:
             for attribute in node.attribute:
-                yield f"attribute {shown(attribute.name)} of {self.name_of(node)}", attribute
+                yield Place(self, node, attribute.name), attribute
         if isinstance(self.proto, FunctionProto):
             for attribute in self.proto.attribute_proto:
-                yield f"the default of attribute {shown(attribute.name)} of {self.where}", attribute
+                yield Place(self, None, attribute.name, "the default of attribute"), attribute
 
-    def name_of(self, node: NodeProto) -> str:
-        """The node in words."""
-        return f"node {shown(node.name or next(iter(node.output), ''))} ({shown(node.op_type)[1:-1]}) of {self.where}"
-
-    def tensors(self) -> Iterator[tuple[str, TensorProto]]:
+    def tensors(self) -> Iterator[tuple[Place, TensorProto]]:
         """Its initializers and the tensors among its attributes, and where they stand; not those of bodies within."""
         for tensor in self.initializers:
-            yield f"initializer {shown(tensor.name)} of {self.where}", tensor
-        for where, attribute in self.attributes():
+            yield Place(self, None, tensor.name, "initializer"), tensor
+        for place, attribute in self.attributes():
             if attribute.type == AttributeProto.TENSOR and not attribute.ref_attr_name:
-                yield where, attribute.t
-            yield from ((where, tensor) for tensor in attribute.tensors)
+                yield place, attribute.t
+            yield from ((place, tensor) for tensor in attribute.tensors)
 
     def within(self) -> Iterator[Body]:
         """The bodies in its nodes' attributes."""
-        for where, attribute in self.attributes():
+        for place, attribute in self.attributes():
             graphs = [attribute.g] if attribute.type == AttributeProto.GRAPH and not attribute.ref_attr_name else []
             for graph in (*graphs, *attribute.graphs):
-                yield Body(f"the graph in {where}" if self.outer is None else "a nested graph", graph, self.root, self)
+                yield Body(f"the graph in {place}" if self.outer is None else "a nested graph", graph, self.root, self)
+
+
+class Place(NamedTuple):
+    """Where something stands; put into words only where they are needed.
+
+    Attributes:
+        body: The body it is in.
+        node: The node, where it is one or in one.
+        name: The name of what it is in the node or the body; None for the node itself.
+        kind: What it is, in words.
+    """
+
+    body: Body
+    node: NodeProto | None = None
+    name: str | None = None
+    kind: str = "attribute"
+
+    def __str__(self) -> str:
+        words = [] if self.name is None else [f"{self.kind} {shown(self.name)}"]
+        if self.node is not None:
+            name = self.node.name or next(iter(self.node.output), "")
+            words.append(f"node {shown(name)} ({shown(self.node.op_type)[1:-1]})")
+        return " of ".join((*words, self.body.where))
 
 
 @dataclass(frozen=True)
@@ -161,7 +181,7 @@ class Contents:
         """The model's functions."""
         return {_key(function.domain, function.name, function.overload): function for function in self.model.functions}
 
-    def tensors(self) -> Iterator[tuple[str, TensorProto]]:
+    def tensors(self) -> Iterator[tuple[Place, TensorProto]]:
         """Every tensor, and where it stands."""
         for body in self.bodies:
             yield from body.tensors()
@@ -234,7 +254,7 @@ def opsets_are_imported(contents: Contents) -> None:
         for node in body.proto.node:
             if _domain(node.domain) not in imports:
                 domain = shown(node.domain) if _domain(node.domain) else ONNX
-                raise InvalidModel(f"{body.name_of(node)} is of {domain}, whose opset is not imported")
+                raise InvalidModel(f"{Place(body, node)} is of {domain}, whose opset is not imported")
 
 
 def nothing_is_lost(contents: Contents) -> None:
@@ -266,15 +286,18 @@ def names_are_unique(contents: Contents) -> None:
             "nodes": [*body.computed, *frozenset((*body.inputs, *named))],
         }
         for kind, names in makers.items():
-            _refuse_repeated(names, f"{kind} of {body.where}")
+            _refuse_repeated(names, kind, body.where)
         for node in body.proto.node:
-            _refuse_repeated([a.name for a in node.attribute], f"attributes of {body.name_of(node)}")
-    _refuse_repeated([".".join(_key(f.domain, f.name, f.overload)) for f in contents.model.functions], "functions")
+            _refuse_repeated([attribute.name for attribute in node.attribute], "attributes", Place(body, node))
+    _refuse_repeated(
+        [".".join(_key(f.domain, f.name, f.overload)) for f in contents.model.functions], "functions", "it"
+    )
 
 
-def _refuse_repeated(names: list[str], where: str) -> None:
+def _refuse_repeated(names: list[str], kind: str, where: str | Place) -> None:
     if len(set(names)) < len(names):
-        raise InvalidModel(f"the name {shown(Counter(names).most_common(1)[0][0])} is given twice by the {where}")
+        name = Counter(names).most_common(1)[0][0]
+        raise InvalidModel(f"the name {shown(name)} is given twice by the {kind} of {where}")
 
 
 def values_are_made(contents: Contents) -> None:
@@ -283,7 +306,7 @@ def values_are_made(contents: Contents) -> None:
         for node in body.proto.node:
             for name in node.input:
                 if name and not body.sees(name):
-                    raise InvalidModel(f"{body.name_of(node)} reads {shown(name)}, which nothing makes")
+                    raise InvalidModel(f"{Place(body, node)} reads {shown(name)}, which nothing makes")
         for name in body.outputs:
             if name not in body.made:
                 raise InvalidModel(f"{body.where} gives {shown(name)}, which nothing makes")
@@ -330,13 +353,13 @@ def types_are_known(contents: Contents) -> None:
         if isinstance(proto, GraphProto):
             declared += [*proto.input, *proto.output]
         for value in declared:
-            _check_type(f"the type of {shown(value.name)} of {body.where}", value.type)
+            _check_type(Place(body, None, value.name, "the type of"), value.type)
         for where, attribute in body.attributes():
             for kind in (*([attribute.tp] if attribute.HasField("tp") else []), *attribute.type_protos):
                 _check_type(where, kind)
 
 
-def _check_type(where: str, kind: TypeProto) -> None:
+def _check_type(where: Place, kind: TypeProto) -> None:
     while (form := kind.WhichOneof("value")) in ("sequence_type", "optional_type"):
         kind = getattr(kind, form).elem_type
         if kind.WhichOneof("value") is None:
@@ -354,7 +377,7 @@ def _check_type(where: str, kind: TypeProto) -> None:
             )
 
 
-def _element_type(where: str, number: int) -> ir.DataType:
+def _element_type(where: Place, number: int) -> ir.DataType:
     try:
         return ir.DataType(number)
     except ValueError:

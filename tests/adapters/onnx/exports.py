@@ -20,13 +20,16 @@ import onnxruntime
 import torch
 from filelock import FileLock
 
-from tests.adapters.onnx.families import FAMILIES, Family
+from tests.adapters.onnx.families import FAMILIES, Axes, Family
+from tests.adapters.onnx.handmade import HANDMADE
 
 if TYPE_CHECKING:
     from tests.adapters.onnx.zoo import File
 
-BATCH, SEQUENCE = 2, 7  # the sizes that a file is traced with
 PACKAGES = ("numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "onnxsim", "onnxslim", "torch", "transformers")
+
+Tensors = tuple[torch.Tensor, ...]
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 # Every message that an exporter or optimiser is known to give on a file that is right; any other is an error.
 HARMLESS = (
@@ -35,6 +38,7 @@ HARMLESS = (
     (FutureWarning, r"`isinstance\(treespec, LeafSpec\)` is deprecated"),
     (UserWarning, "Exporting aten::index operator of advanced indexing"),
     (UserWarning, "# The axis name: .* will not be used"),
+    (UserWarning, "To copy construct from a tensor, it is recommended"),
     (torch.jit.TracerWarning, ""),
 )
 
@@ -68,15 +72,16 @@ def _cache() -> Path:
 def _key(file: "File") -> str:
     """Changes with whatever the file is made from: its description, the code of the zoo, the exporters' versions."""
     family = FAMILIES[file.family]
-    parts = [file.recipe, repr(sorted(family.config.items())), *map(importlib.metadata.version, PACKAGES)]
-    parts += [(Path(__file__).with_name(name)).read_text() for name in ("exports.py", "families.py")]
+    recipe = (file.family, file.exporter, file.opset, file.attention, file.post, file.variant)
+    parts = [repr(recipe), family.record, *map(importlib.metadata.version, PACKAGES)]
+    parts += [(Path(__file__).with_name(name)).read_text() for name in ("exports.py", "families.py", "handmade.py")]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
 def _make(file: "File", folder: Path, path: Path) -> None:
     with _quiet():
         if file.post:
-            POST[file.post](make(replace(file, post=""), folder), path, file)
+            OPTIMISERS[file.post](make(replace(file, post=""), folder), path, file)
         else:
             _export(file, path)
 
@@ -99,40 +104,57 @@ def _quiet() -> Iterator[None]:
 
 def _export(file: "File", path: Path) -> None:
     family = FAMILIES[file.family]
-    module = family.build(file.attention).eval()
-    drawn = family.inputs.draw(BATCH, SEQUENCE, np.random.default_rng(0))
-    EXPORTERS[file.exporter](file, family, module, [torch.from_numpy(value) for value in drawn.values()], path)
+    if file.exporter == "hand":
+        HANDMADE[file.family](family, path)
+        return
+    module = family.build(file.attention)
+    dtype = next((DTYPES[name] for name in file.variant if name in DTYPES), torch.float32)
+    drawn = family.inputs.draw(*family.traced, np.random.default_rng(0))
+    values = tuple(torch.from_numpy(value) for value in drawn.values())
+    values = tuple(value.to(dtype) if value.is_floating_point() else value for value in values)
+    EXPORTERS[file.exporter](file, family, module.to(dtype), values, path)
 
 
-def _legacy(file: "File", family: Family, module: torch.nn.Module, values: list[torch.Tensor], path: Path) -> None:
-    axes = {
-        name: {axis: label for axis, label in enumerate(labels) if label} for name, labels in family.inputs.axes.items()
-    }
+def _legacy(file: "File", family: Family, module: torch.nn.Module, values: Tensors, path: Path) -> None:
     torch.onnx.export(
         module,
-        tuple(values),
+        values,
         str(path),
         dynamo=False,
         opset_version=file.opset,
         do_constant_folding="nofold" not in file.variant,
         input_names=list(family.inputs.axes),
         output_names=list(family.outputs),
-        dynamic_axes=None if file.static else {**axes, **{name: {0: "batch"} for name in family.outputs}},
+        dynamic_axes=None if "static" in file.variant else {**_named(family.inputs.axes), **_named(family.outputs)},
     )
 
 
-def _dynamo(file: "File", family: Family, module: torch.nn.Module, values: list[torch.Tensor], path: Path) -> None:
-    axes = tuple({axis: label for axis, label in enumerate(labels) if label} for labels in family.inputs.axes.values())
+def _named(axes: Axes) -> dict[str, dict[int, str]]:
+    """The axes that vary, by input or output and position."""
+    return {name: {axis: label for axis, label in enumerate(labels) if label} for name, labels in axes.items()}
+
+
+def _dynamo(file: "File", family: Family, module: torch.nn.Module, values: Tensors, path: Path) -> None:
+    axes = tuple(
+        {
+            axis: label if label.isidentifier() and "unnamed" not in file.variant else torch.export.Dim.DYNAMIC
+            for axis, label in named.items()
+        }
+        for named in _named(family.inputs.axes).values()
+    )
     torch.onnx.export(
-        module,
-        tuple(values),
+        module.requires_grad_(False),  # attention to a learned bias can't be exported while the bias takes gradients
+        values,
         str(path),
         dynamo=True,
         opset_version=file.opset,
         input_names=list(family.inputs.axes),
         output_names=list(family.outputs),
-        dynamic_shapes=None if file.static else (axes,),
+        dynamic_shapes=None
+        if "static" in file.variant
+        else (axes,),  # one tuple: the modules take their inputs as *values
         external_data="external" in file.variant,
+        optimize="unoptimised" not in file.variant,
         verbose=False,
     )
 
@@ -140,19 +162,20 @@ def _dynamo(file: "File", family: Family, module: torch.nn.Module, values: list[
 EXPORTERS: dict[str, Callable[..., None]] = {"legacy": _legacy, "dynamo": _dynamo}
 
 
-def _fused(source: Path, path: Path, file: "File") -> None:
-    """As the transformers optimiser of ONNX Runtime writes it."""
-    from onnxruntime.transformers import optimizer
+def _fused(*, multi_head: bool) -> Callable[[Path, Path, "File"], None]:
+    """As the transformers optimiser of ONNX Runtime writes it, with Attention or MultiHeadAttention."""
 
-    stack = FAMILIES[file.family].stacks[0]
-    optimised = optimizer.optimize_model(
-        str(source),
-        model_type=FUSED_AS.get(file.family.split("-")[0], "bert"),
-        num_heads=stack.heads,
-        hidden_size=stack.hidden,
-        opt_level=0,
-    )
-    optimised.save_model_to_file(str(path))
+    def write(source: Path, path: Path, file: "File") -> None:
+        from onnxruntime.transformers import fusion_options, optimizer
+
+        stack, kind = FAMILIES[file.family].stacks[0], FUSED_AS.get(file.family.split("-")[0], "bert")
+        options = fusion_options.FusionOptions(kind)
+        options.use_multi_head_attention = multi_head
+        sizes = {"num_heads": stack.heads, "hidden_size": stack.hidden}
+        optimised = optimizer.optimize_model(str(source), kind, **sizes, optimization_options=options, opt_level=0)
+        optimised.save_model_to_file(str(path))
+
+    return write
 
 
 FUSED_AS = {"gpt2": "gpt2", "vit": "vit", "deit": "vit", "t5": "t5", "bart": "bart", "clip": "clip", "qwen3": "qwen3"}
@@ -187,8 +210,9 @@ def _onnxsim(source: Path, path: Path, file: "File") -> None:
 
 
 _LEVEL = onnxruntime.GraphOptimizationLevel
-POST: dict[str, Callable[[Path, Path, "File"], None]] = {
-    "fused": _fused,
+OPTIMISERS: dict[str, Callable[[Path, Path, "File"], None]] = {
+    "fused": _fused(multi_head=False),
+    "mha": _fused(multi_head=True),
     "basic": _optimised(_LEVEL.ORT_ENABLE_BASIC),
     "extended": _optimised(_LEVEL.ORT_ENABLE_EXTENDED),
     "onnxslim": _onnxslim,
