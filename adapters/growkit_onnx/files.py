@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import onnx_ir as ir
-from google.protobuf.message import DecodeError, EncodeError
 from onnx import GraphProto, ModelProto, TensorProto
 
 from growkit.staging import staged_files
@@ -86,11 +85,19 @@ def _parsed(path: Path) -> ModelProto:
         if status.st_size == 0:
             raise InvalidModel(f"{path}: the file is empty")
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return ModelProto.FromString(with_references(data, path.name, MAPPED_BYTES))
+            message = with_references(data, path.name, MAPPED_BYTES)
     except OSError as error:
         raise InvalidModel(f"{path}: {error.strerror}") from None
-    except (DecodeError, Malformed) as error:
-        raise InvalidModel(f"{path}: not an ONNX file, or truncated: {_line(error)}; fetch it again") from None
+    except Malformed as error:
+        raise _damaged(path, error) from None
+    try:
+        return ModelProto.FromString(message)
+    except Exception as error:  # protobuf's own, which is not among what onnx offers
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> InvalidModel:
+    return InvalidModel(f"{path}: not an ONNX file, or truncated: {_line(error)}; fetch it again")
 
 
 def _understood(proto: ModelProto, source: str, folder: Path | None) -> ir.Model:
@@ -309,13 +316,12 @@ def _frame(tensor: TensorProto, weight: _Weight, location: str) -> bytes:
 
 def _head(proto: ModelProto, lengths: Sequence[int]) -> bytes:
     """The message of a model up to its initializers, which come last and have these lengths."""
-    try:
-        del proto.graph.initializer[:]
-        graph = proto.graph.SerializeToString()
-        proto.ClearField("graph")
-        rest = proto.SerializeToString()
-    except EncodeError:
-        raise GrowkitError(f"the model's nodes alone hold more than {LARGEST_MESSAGE:,} bytes") from None
+    del proto.graph.initializer[:]
+    if proto.ByteSize() > LARGEST_MESSAGE:
+        raise GrowkitError(f"the model's nodes alone hold more than {LARGEST_MESSAGE:,} bytes")
+    graph = proto.graph.SerializeToString()
+    proto.ClearField("graph")
+    rest = proto.SerializeToString()
     length = len(graph) + sum(len(header(GraphProto.INITIALIZER_FIELD_NUMBER, n)) + n for n in lengths)
     if len(rest) + length > LARGEST_MESSAGE:
         raise GrowkitError(f"one file holds at most {LARGEST_MESSAGE:,} bytes; got {length:,}; write external data")

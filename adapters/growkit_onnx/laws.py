@@ -10,17 +10,16 @@ import math
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from reprlib import Repr
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import Message
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, TypeProto
 
 from growkit_specs import GrowkitError, InvalidModel, UnsupportedModel
@@ -200,7 +199,7 @@ def _key(domain: str, name: str, overload: str) -> FunctionKey:
 
 def text_is_text(contents: Contents) -> None:
     """Every text is UTF-8, and nothing is nested deeper than a protobuf can be read back."""
-    pending: list[tuple[Message, int]] = [(contents.model, 0)]
+    pending: list[tuple[Any, int]] = [(contents.model, 0)]
     while pending:
         message, depth = pending.pop()
         if depth > DEEPEST:
@@ -212,7 +211,7 @@ def text_is_text(contents: Contents) -> None:
                     if isinstance(text, bytes):
                         raise InvalidModel(f"{field.full_name} {shown(text)} is no UTF-8; the file is damaged")
             elif field.type == field.TYPE_MESSAGE:
-                children: Iterable[Message] = [value] if isinstance(value, Message) else value
+                children = [value] if hasattr(value, "ListFields") else value
                 pending.extend((child, depth + 1) for child in children)
 
 
