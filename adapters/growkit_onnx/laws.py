@@ -158,10 +158,12 @@ class Contents:
     Attributes:
         model: The message.
         folder: Where its external data lies; None for a model in memory, which can have none.
+        own: The location of data that was left where it lies in the model's own file; empty where none was.
     """
 
     model: ModelProto
     folder: Path | None = None
+    own: str = ""
 
     @cached_property
     def bodies(self) -> list[Body]:
@@ -438,19 +440,25 @@ def external_data_is_there(contents: Contents) -> None:
     for where, tensor in contents.tensors():
         if tensor.data_location != TensorProto.EXTERNAL:
             continue
+        location = _external(tensor).get("location", "")
+        if contents.own and location == contents.own:
+            continue
         if contents.folder is None:
             raise InvalidModel(
                 f"{where} lies in a file, and a model in memory has no folder; load the .onnx file itself"
             )
-        size, location = size_of(contents.folder, _external(tensor).get("location", ""))
+        size, named = size_of(contents.folder, location)
         start = _number(tensor, "offset") or 0
         length = _lengths(ir.DataType(tensor.data_type), math.prod(tensor.dims))[EXTERNAL]
         if start + length > size:
-            raise InvalidModel(f"{where} ends at byte {start + length} of {location}, which has {size}; fetch it again")
+            raise InvalidModel(f"{where} ends at byte {start + length} of {named}, which has {size}; fetch it again")
 
 
 def _external(tensor: TensorProto) -> dict[str, str]:
-    return {entry.key: entry.value for entry in tensor.external_data}
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    if len(entries) < len(tensor.external_data):
+        raise InvalidModel(f"the data of {shown(tensor.name)} is said to lie in more than one place")
+    return entries
 
 
 def _number(tensor: TensorProto, key: str) -> int | None:
@@ -502,19 +510,17 @@ LAWS = (
 """Every law, in an order in which each may rely on those before it."""
 
 
-def check(model: ModelProto, source: str, folder: Path | None = None) -> None:
+def check(contents: Contents, source: str) -> None:
     """Hold a model to every law.
 
     Args:
-        model: The message.
+        contents: The model as it was stored.
         source: What it is called in messages.
-        folder: Where its external data lies; None for a model in memory.
 
     Raises:
         InvalidModel: Where it contradicts itself, saying where.
         UnsupportedModel: Where it holds what is not understood here, or is newer than the installed onnx.
     """
-    contents = Contents(model, folder)
     try:
         for law in LAWS:
             law(contents)
