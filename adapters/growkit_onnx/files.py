@@ -113,6 +113,8 @@ def _understood(proto: ModelProto, source: str, folder: Path | None = None, own:
             warnings.filterwarnings("ignore", message="Ignoring unknown external data key")
             model = ir.from_proto(proto)
         for graph in (model.graph, *(function.graph for function in model.functions.values())):
+            if "ai.onnx" in graph.opset_imports:  # the default domain's other name, which onnx-ir takes from nodes only
+                graph.opset_imports[""] = graph.opset_imports.pop("ai.onnx")
             graph.sort()
             ir.external_data.set_base_dir(graph, folder or "")
             _read_inner_data_late(graph)
@@ -156,7 +158,8 @@ def _first_cause(error: BaseException) -> BaseException:
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    words = " ".join(str(error).split())[:300] or type(error).__name__
+    return words if words.isprintable() else ascii(words)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

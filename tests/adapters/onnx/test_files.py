@@ -80,6 +80,17 @@ def test_a_valid_model_is_read_from_memory_and_from_disk(tmp_path: Path) -> None
         assert model.metadata_props == {"kept": "yes"}
 
 
+def test_nodes_in_any_order_and_both_names_of_the_domain_are_read() -> None:
+    proto = small()
+    proto.opset_import[0].domain = proto.functions[0].opset_import[0].domain = "ai.onnx"
+    proto.graph.node.extend([proto.graph.node.pop() for _ in range(3)])
+    assert [node.op_type for node in proto.graph.node] == ["If", "double", "MatMul"]
+    model = from_proto(proto)
+    assert [node.op_type for node in model.graph] == ["MatMul", "double", "If"]
+    assert model.opset_imports == {"": 18, "own": 1}
+    assert all(function.opset_imports == {"": 18} for function in model.functions.values())
+
+
 # --- what is wrong with a model --------------------------------------------------------------------------------------
 
 
