@@ -4,7 +4,7 @@
 
 The model is a decoder with RMS norms, gated feed-forwards and random weights, in float32 with external data, made anew
 each time; it is grown to 1.5 times its width. `ratio_to_load_save` compares the wall time with that of onnx-ir, which
-reads a model as large as the grown one and writes it again.
+reads a model as large as the grown one and writes it again; unlike growkit, it does not wait until the disk has it.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from rich.table import Table
 PACKAGES = ("growkit", "numpy", "torch", "transformers", "safetensors", "onnx", "onnx-ir", "onnxruntime")
 ROOT = Path(__file__).parents[1]
 SAMPLED_EVERY = 0.01  # seconds
+MEMORY = {"rss": "VmHWM", "anonymous": "RssAnon"}  # the words of /proc
 
 Row = Mapping[str, Any]
 
@@ -33,13 +35,13 @@ class Cost:
     Attributes:
         wall_s: Seconds from its start to its end.
         cpu_s: Seconds of processor time, its children's too.
-        peak_rss_mb: The most memory it held, mapped files included, in MB.
+        peak_rss_mb: The most memory it held, mapped files included, in MB; None where /proc is missing.
         peak_anonymous_mb: The most memory of its own, without mapped files, in MB; None where /proc is missing.
     """
 
     wall_s: float
     cpu_s: float
-    peak_rss_mb: float
+    peak_rss_mb: float | None
     peak_anonymous_mb: float | None
 
 
@@ -51,9 +53,11 @@ def measured(command: Sequence[str]) -> Cost:
     """
     start = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    peak, ended = 0, 0
+    peaks = dict.fromkeys(MEMORY.values(), 0)
+    ended = 0
     while not ended:
-        peak = max(peak, _anonymous(process.pid))
+        for kind, size in _memory(process.pid).items():
+            peaks[kind] = max(peaks[kind], size)
         ended, status, usage = os.wait4(process.pid, os.WNOHANG)
         time.sleep(0 if ended else SAMPLED_EVERY)
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -62,18 +66,21 @@ def measured(command: Sequence[str]) -> Cost:
     return Cost(
         wall_s=round(time.perf_counter() - start, 2),
         cpu_s=round(usage.ru_utime + usage.ru_stime, 2),
-        peak_rss_mb=round(usage.ru_maxrss / 1000, 1),
-        peak_anonymous_mb=round(peak / 1000, 1) if peak else None,
+        **{f"peak_{kind}_mb": round(peaks[line] / 1000, 1) or None for kind, line in MEMORY.items()},
     )
 
 
-def _anonymous(process: int) -> int:
-    """The memory that a process holds apart from files, in kB; 0 where it cannot be known."""
+def _memory(process: int) -> dict[str, int]:
+    """What a process holds, in kB, by /proc's words; nothing where /proc is missing or the process has ended.
+
+    The operating system's account of a child (ru_maxrss) starts with its parent's memory and would say too much.
+    """
     try:
-        status = Path(f"/proc/{process}/status").read_text()
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")), 0)
+        return {}
+    sizes = dict(line.split(":", 1) for line in lines)
+    return {kind: int(sizes[kind].split()[0]) for kind in MEMORY.values() if kind in sizes}
 
 
 def report(benchmark: str, rows: Sequence[Row], destination: Path | None = None) -> None:
@@ -87,7 +94,7 @@ def report(benchmark: str, rows: Sequence[Row], destination: Path | None = None)
     table = Table(*rows[0], title=benchmark, box=SIMPLE)
     for row in rows:
         table.add_row(*("" if value is None else str(value) for value in row.values()))
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 110).print(table)
     if destination is not None:
         document = {
             "benchmark": benchmark,

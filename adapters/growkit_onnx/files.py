@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, BinaryIO, cast
 
 import onnx_ir as ir
-from google.protobuf.message import DecodeError, EncodeError
 from onnx import GraphProto, ModelProto, TensorProto
 
 from growkit.staging import staged_files
-from growkit_onnx.laws import check
+from growkit_onnx.laws import Contents, check
 from growkit_onnx.wire import Malformed, header, refer, with_references
 from growkit_specs import GrowkitError, InvalidModel
 
@@ -48,14 +48,19 @@ def load(path: Path) -> ir.Model:
         path: The .onnx file; it may be anybody's.
 
     Returns:
-        The model, its nodes in an order in which they can be run. Weights of 1 MiB and more, and external ones, are
-        :class:`onnx_ir.ExternalTensor`.
+        The model, its nodes in an order in which they can be run. Weights of 1 MiB and more, and external ones, stay
+        in their files until they are asked for; the files must stay, too.
 
     Raises:
         InvalidModel: Where the file or its external data is damaged, or leads out of the folder.
         UnsupportedModel: Where it holds what is not understood here, or is newer than the installed onnx.
     """
-    return _understood(_parsed(path), str(path), path.absolute().parent)
+    own = token_hex()  # a location that no file can know, for its own data
+    model = _understood(_parsed(path, own), str(path), path.absolute().parent, own)
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor) and value.const_value.location == own:
+            value.const_value = _late(value.const_value, path.resolve())
+    return model
 
 
 def from_proto(proto: ModelProto) -> ir.Model:
@@ -71,10 +76,10 @@ def from_proto(proto: ModelProto) -> ir.Model:
         InvalidModel: Where it contradicts itself.
         UnsupportedModel: Where it holds what is not understood here, or is newer than the installed onnx.
     """
-    return _understood(proto, "the ONNX model", None)
+    return _understood(proto, "the ONNX model")
 
 
-def _parsed(path: Path) -> ModelProto:
+def _parsed(path: Path, own: str) -> ModelProto:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
@@ -86,20 +91,30 @@ def _parsed(path: Path) -> ModelProto:
         if status.st_size == 0:
             raise InvalidModel(f"{path}: the file is empty")
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return ModelProto.FromString(with_references(data, path.name, MAPPED_BYTES))
+            message = with_references(data, own, MAPPED_BYTES)
     except OSError as error:
         raise InvalidModel(f"{path}: {error.strerror}") from None
-    except (DecodeError, Malformed) as error:
-        raise InvalidModel(f"{path}: not an ONNX file, or truncated: {_line(error)}; fetch it again") from None
+    except Malformed as error:
+        raise _damaged(path, error) from None
+    try:
+        return ModelProto.FromString(message)
+    except Exception as error:  # protobuf's own, which is not among what onnx offers
+        raise _damaged(path, error) from None
 
 
-def _understood(proto: ModelProto, source: str, folder: Path | None) -> ir.Model:
-    check(proto, source, folder)
+def _damaged(path: Path, error: Exception) -> InvalidModel:
+    return InvalidModel(f"{path}: not an ONNX file, or truncated: {_line(error)}; fetch it again")
+
+
+def _understood(proto: ModelProto, source: str, folder: Path | None = None, own: str = "") -> ir.Model:
+    check(Contents(proto, folder, own), source)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Ignoring unknown external data key")
             model = ir.from_proto(proto)
         for graph in (model.graph, *(function.graph for function in model.functions.values())):
+            if "ai.onnx" in graph.opset_imports:  # the default domain's other name, which onnx-ir takes from nodes only
+                graph.opset_imports[""] = graph.opset_imports.pop("ai.onnx")
             graph.sort()
             ir.external_data.set_base_dir(graph, folder or "")
             _read_inner_data_late(graph)
@@ -125,10 +140,15 @@ def _read_inner_data_late(graph: ir.Graph) -> None:
                 node.attributes[name] = ir.AttrTensors(name, tensors, attribute.doc_string)
 
 
-def _late(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+def _late(tensor: ir.TensorProtocol, path: Path | None = None) -> ir.TensorProtocol:
+    """A tensor that is written like any other, although its data lies in a file: in ``path``, or where it says."""
     if not isinstance(tensor, ir.ExternalTensor):
         return tensor
-    return ir.LazyTensor(lambda: tensor, tensor.dtype, tensor.shape, name=tensor.name, doc_string=tensor.doc_string)
+    dtype, shape, name = tensor.dtype, tensor.shape, tensor.name
+    data = ir.ExternalTensor(path, tensor.offset, tensor.length, dtype, shape=shape, name=name) if path else tensor
+    late = ir.LazyTensor(lambda: data, dtype, shape, name=name, doc_string=tensor.doc_string)
+    late.metadata_props.update(tensor.metadata_props)
+    return late
 
 
 def _first_cause(error: BaseException) -> BaseException:
@@ -138,7 +158,8 @@ def _first_cause(error: BaseException) -> BaseException:
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    words = " ".join(str(error).split())[:300] or type(error).__name__
+    return words if words.isprintable() else ascii(words)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -309,13 +330,12 @@ def _frame(tensor: TensorProto, weight: _Weight, location: str) -> bytes:
 
 def _head(proto: ModelProto, lengths: Sequence[int]) -> bytes:
     """The message of a model up to its initializers, which come last and have these lengths."""
-    try:
-        del proto.graph.initializer[:]
-        graph = proto.graph.SerializeToString()
-        proto.ClearField("graph")
-        rest = proto.SerializeToString()
-    except EncodeError:
-        raise GrowkitError(f"the model's nodes alone hold more than {LARGEST_MESSAGE:,} bytes") from None
+    del proto.graph.initializer[:]
+    if proto.ByteSize() > LARGEST_MESSAGE:
+        raise GrowkitError(f"the model's nodes alone hold more than {LARGEST_MESSAGE:,} bytes")
+    graph = proto.graph.SerializeToString()
+    proto.ClearField("graph")
+    rest = proto.SerializeToString()
     length = len(graph) + sum(len(header(GraphProto.INITIALIZER_FIELD_NUMBER, n)) + n for n in lengths)
     if len(rest) + length > LARGEST_MESSAGE:
         raise GrowkitError(f"one file holds at most {LARGEST_MESSAGE:,} bytes; got {length:,}; write external data")

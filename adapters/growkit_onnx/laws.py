@@ -10,17 +10,16 @@ import math
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from reprlib import Repr
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import Message
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, TypeProto
 
 from growkit_specs import GrowkitError, InvalidModel, UnsupportedModel
@@ -159,10 +158,12 @@ class Contents:
     Attributes:
         model: The message.
         folder: Where its external data lies; None for a model in memory, which can have none.
+        own: The location of data that was left where it lies in the model's own file; empty where none was.
     """
 
     model: ModelProto
     folder: Path | None = None
+    own: str = ""
 
     @cached_property
     def bodies(self) -> list[Body]:
@@ -200,7 +201,7 @@ def _key(domain: str, name: str, overload: str) -> FunctionKey:
 
 def text_is_text(contents: Contents) -> None:
     """Every text is UTF-8, and nothing is nested deeper than a protobuf can be read back."""
-    pending: list[tuple[Message, int]] = [(contents.model, 0)]
+    pending: list[tuple[Any, int]] = [(contents.model, 0)]
     while pending:
         message, depth = pending.pop()
         if depth > DEEPEST:
@@ -212,7 +213,7 @@ def text_is_text(contents: Contents) -> None:
                     if isinstance(text, bytes):
                         raise InvalidModel(f"{field.full_name} {shown(text)} is no UTF-8; the file is damaged")
             elif field.type == field.TYPE_MESSAGE:
-                children: Iterable[Message] = [value] if isinstance(value, Message) else value
+                children = [value] if hasattr(value, "ListFields") else value
                 pending.extend((child, depth + 1) for child in children)
 
 
@@ -439,19 +440,25 @@ def external_data_is_there(contents: Contents) -> None:
     for where, tensor in contents.tensors():
         if tensor.data_location != TensorProto.EXTERNAL:
             continue
+        location = _external(tensor).get("location", "")
+        if contents.own and location == contents.own:
+            continue
         if contents.folder is None:
             raise InvalidModel(
                 f"{where} lies in a file, and a model in memory has no folder; load the .onnx file itself"
             )
-        size, location = size_of(contents.folder, _external(tensor).get("location", ""))
+        size, named = size_of(contents.folder, location)
         start = _number(tensor, "offset") or 0
         length = _lengths(ir.DataType(tensor.data_type), math.prod(tensor.dims))[EXTERNAL]
         if start + length > size:
-            raise InvalidModel(f"{where} ends at byte {start + length} of {location}, which has {size}; fetch it again")
+            raise InvalidModel(f"{where} ends at byte {start + length} of {named}, which has {size}; fetch it again")
 
 
 def _external(tensor: TensorProto) -> dict[str, str]:
-    return {entry.key: entry.value for entry in tensor.external_data}
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    if len(entries) < len(tensor.external_data):
+        raise InvalidModel(f"the data of {shown(tensor.name)} is said to lie in more than one place")
+    return entries
 
 
 def _number(tensor: TensorProto, key: str) -> int | None:
@@ -503,19 +510,17 @@ LAWS = (
 """Every law, in an order in which each may rely on those before it."""
 
 
-def check(model: ModelProto, source: str, folder: Path | None = None) -> None:
+def check(contents: Contents, source: str) -> None:
     """Hold a model to every law.
 
     Args:
-        model: The message.
+        contents: The model as it was stored.
         source: What it is called in messages.
-        folder: Where its external data lies; None for a model in memory.
 
     Raises:
         InvalidModel: Where it contradicts itself, saying where.
         UnsupportedModel: Where it holds what is not understood here, or is newer than the installed onnx.
     """
-    contents = Contents(model, folder)
     try:
         for law in LAWS:
             law(contents)

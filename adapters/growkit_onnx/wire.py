@@ -37,11 +37,11 @@ def with_references(data: Data, location: str, least: int) -> bytes:
 
     Args:
         data: The model's message.
-        location: The file in which ``data`` lies.
+        location: What to call the file in which ``data`` lies.
         least: The length from which raw data is left out, in bytes.
 
     Returns:
-        The message of a model that lies beside that file.
+        The message of the model.
 
     Raises:
         Malformed: Where ``data`` is no message.

@@ -15,7 +15,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from onnx import ModelProto, TensorProto, numpy_helper
 
@@ -78,6 +78,17 @@ def test_a_valid_model_is_read_from_memory_and_from_disk(tmp_path: Path) -> None
         assert [node.op_type for node in model.graph] == ["MatMul", "double", "If"]
         np.testing.assert_array_equal(model.graph.initializers["w"].const_value, np.arange(16).reshape(4, 4))
         assert model.metadata_props == {"kept": "yes"}
+
+
+def test_nodes_in_any_order_and_both_names_of_the_domain_are_read() -> None:
+    proto = small()
+    proto.opset_import[0].domain = proto.functions[0].opset_import[0].domain = "ai.onnx"
+    proto.graph.node.extend([proto.graph.node.pop() for _ in range(3)])
+    assert [node.op_type for node in proto.graph.node] == ["If", "double", "MatMul"]
+    model = from_proto(proto)
+    assert [node.op_type for node in model.graph] == ["MatMul", "double", "If"]
+    assert model.opset_imports == {"": 18, "own": 1}
+    assert all(function.opset_imports == {"": 18} for function in model.functions.values())
 
 
 # --- what is wrong with a model --------------------------------------------------------------------------------------
@@ -299,6 +310,27 @@ def test_external_data_is_found_whatever_the_working_directory(tmp_path: Path, m
         np.testing.assert_array_equal(run(tmp_path / "again.onnx", c=c), run(small().SerializeToString(), c=c))
 
 
+def test_a_linked_file_is_read_like_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is the user's own choice, wherever a link to it leads; and its own weights are in no other file."""
+    monkeypatch.setattr(files, "MAPPED_BYTES", 1)
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "hard").hardlink_to(stored(small(), tmp_path / "blobs"))
+    (tmp_path / "link").symlink_to("hard")
+    model = load(tmp_path / "link")
+    assert isinstance(model.graph.initializers["w"].const_value, ir.LazyTensor)
+    np.testing.assert_array_equal(run(ir.to_proto(model).SerializeToString(), c=True), run(tmp_path / "hard", c=True))
+
+
+@pytest.mark.parametrize("key", ["location", "offset"])
+def test_data_lies_in_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    """What a file says of external data does not mix with data of its own."""
+    monkeypatch.setattr(files, "MAPPED_BYTES", 1)
+    model = small()
+    w(model).external_data.add(key=key, value="9999999")
+    with pytest.raises(InvalidModel, match="in more than one place"):
+        load(stored(model, tmp_path))
+
+
 # --- any bytes -------------------------------------------------------------------------------------------------------
 
 
@@ -313,7 +345,6 @@ def valid_bytes(folder: Path) -> bytes:
     return model.SerializeToString()
 
 
-@settings(max_examples=300)
 @given(
     edits=st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 4), st.binary(max_size=4)), min_size=1, max_size=4),
     external=st.booleans(),
