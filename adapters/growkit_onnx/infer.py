@@ -111,6 +111,11 @@ class Scene:
         """Whether a value has no entries."""
         return any(0 in run[value].shape for run in self.runs)
 
+    def is_only_measured(self, value: ir.Value) -> bool:
+        """Whether nothing is asked of a value but its size."""
+        users = value.consumers()
+        return bool(users) and all(user.op_type in ("Shape", "Size") for user in users)
+
     def is_weight(self, value: ir.Value | None) -> bool:
         """Whether a value is a stored weight, or one whose entries were only moved."""
         return value in self._weights

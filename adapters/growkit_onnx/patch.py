@@ -350,7 +350,7 @@ def _slice(at: Resizing, node: ir.Node) -> None:
     starts, ends = {}, {}
     for axis, (start, step) in cuts.items():
         unifier = at.scene.unifier
-        if start is None or step < 0 or unifier.is_dynamic(axes[axis]) or at.size(axes[axis]) == unifier.sizes(axes[axis])[0]:
+        if 0 in unifier.sizes(given[axis]) or start is None or step < 0 or unifier.is_dynamic(axes[axis]) or at.size(axes[axis]) == unifier.sizes(axes[axis])[0]:
             continue
         if step > 1:
             starts[axis], ends[axis] = start, at.size(axes[axis])
@@ -388,6 +388,8 @@ def _gather(at: Resizing, node: ir.Node) -> None:
     axis = at.axes(data)[node.attributes.get_int("axis", 0)]
     chosen = at.constant(indices)
     if chosen is None or chosen.size != 1 or at.scene.is_weight(at.source(data)) or at.scene.unifier.is_dynamic(axis):
+        return
+    if at.scene.is_only_measured(at.source(node.outputs[0])):
         return
     old = int(chosen.reshape(-1)[0])
     size = at.scene.unifier.sizes(axis)[0]

@@ -196,15 +196,28 @@ def gather(scene: Scene, node: ir.Node) -> None:
         scene.unify(mine, other)
     scene.play(data, "write", read=[axis])
     chosen = scene.constant(indices)
-    if scene.is_weight(data) or chosen is None:
+    if scene.is_weight(data) or chosen is None or scene.is_only_measured(node.outputs[0]):
         return
     if chosen.size == 1:  # one entry of the axis: a slice of length 1
-        scene.part(axes[axis], int(chosen.reshape(-1)[0]), 1)
+        scene.part(axes[axis], int(chosen.reshape(-1)[0]) % scene.sizes(axes[axis])[0], 1)
     else:
         scene.freeze_axis(axes[axis], f"entries of it are picked by number ({node.name})")
 
 
-@rule("GatherElements", "ScatterElements", "ScatterND", "GatherND")
+@rule("GatherElements", "ScatterElements")
+def indexed_along(scene: Scene, node: ir.Node) -> None:
+    """One axis is addressed by number; along the others entries stay where they are."""
+    axes = scene.axes(node.outputs[0])
+    along = node.attributes.get_int("axis", 0) % len(axes)
+    for value in (*node.inputs, *node.outputs):
+        if value is not None:
+            scene.freeze_axis(scene.axes(value)[along], f"entries are addressed by number ({node.op_type} {node.name})")
+            for axis, (mine, other) in enumerate(zip(scene.axes(value), axes, strict=True)):
+                if axis != along and mine != ONE:
+                    scene.unify(mine, other)
+
+
+@rule("ScatterND", "GatherND")
 def indexed(scene: Scene, node: ir.Node) -> None:
     """Axes that are addressed by number stay as they are."""
     for value in (*node.inputs, *node.outputs):
@@ -226,6 +239,8 @@ def sliced(scene: Scene, node: ir.Node) -> None:
     for axis, (mine, other) in enumerate(zip(source, out, strict=True)):
         if axis not in cuts:
             scene.unify(mine, other)
+            continue
+        if 0 in scene.sizes(other):
             continue
         start, step = cuts[axis]
         if scene.sizes(mine) == scene.sizes(other) and step == 1:
