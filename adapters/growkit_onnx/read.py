@@ -12,6 +12,7 @@ import onnx
 import onnx_ir as ir
 
 from growkit.adapters import Adapter
+from growkit.example import Example
 from growkit.model import Growth, LazyWeights, Model
 from growkit.operator import GrowthOperator
 from growkit_onnx.describe import Description, describe
@@ -107,16 +108,13 @@ class Origin:
 
 
 def read_model(adapter: Adapter, source: Any) -> Model:
-    """Read an ONNX file or an ``onnx.ModelProto``.
+    """Read an ONNX file, an ``onnx.ModelProto``, or a torch module beside inputs it runs on, which is exported.
 
     Raises:
         GrowkitError: Where it is malformed, or nothing in it can grow; one line says what stands in the way.
     """
     path = source if isinstance(source, Path) else None
-
-    def loaded() -> ir.Model:
-        return load(path) if path is not None else from_proto(source)
-
+    loaded = _loader(source)
     where = str(path) if path is not None else "the model"
     model = loaded()
     normalised = normalise(model)
@@ -127,6 +125,17 @@ def read_model(adapter: Adapter, source: Any) -> Model:
     weights = LazyWeights(names, _array)
     origin = Origin(loaded, model, normalised, scene, runs, description, path)
     return Model(description.graph, weights, adapter, origin, _growth_beside(path))
+
+
+def _loader(source: Any) -> Callable[[], ir.Model]:
+    """What gives the model anew as often as it is asked for."""
+    if isinstance(source, Path):
+        return lambda: load(source)
+    if isinstance(source, Example):
+        from growkit_onnx.export import export
+
+        return export(source).clone
+    return lambda: from_proto(source)
 
 
 def _array(value: ir.Value) -> np.ndarray:
