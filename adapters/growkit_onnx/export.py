@@ -25,10 +25,6 @@ from growkit_specs import UnsupportedModel
 OPSET = 18
 """The version of the operator set that files are exported to: the first that both exporters write."""
 
-_VARIES = 2
-"""The leading axes of every input that may vary: the batch and the sequence. An image's channels turn out not to."""
-
-
 def export(example: Example) -> ir.Model:
     """The ONNX model of a module.
 
@@ -74,6 +70,11 @@ def _batches(inputs: Mapping[str, torch.Tensor]) -> Iterator[Mapping[str, torch.
 # --- the two exporters -----------------------------------------------------------------------------------------------
 
 
+def _varying(value: torch.Tensor) -> range:
+    """The axes of an input that may vary: the batch and the sequence, or the batch of images."""
+    return range(min(value.ndim, 2 if value.ndim < 4 else 1))
+
+
 class _Positional(torch.nn.Module):
     """A module as exporters like it: inputs by position, outputs as a tuple, and the names of both."""
 
@@ -92,8 +93,7 @@ class _Positional(torch.nn.Module):
 def _captured(module: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> ir.Model:
     """By torch.export; weights are hidden from what folds constants."""
     positional = _Positional(module, inputs)
-    axes = {axis: torch.export.Dim.AUTO for axis in range(_VARIES)}
-    varying = tuple({axis: axes[axis] for axis in range(min(value.ndim, _VARIES))} for value in inputs.values())
+    varying = tuple(dict.fromkeys(_varying(value), torch.export.Dim.AUTO) for value in inputs.values())
     program = torch.onnx.export(
         positional,
         tuple(inputs.values()),
@@ -133,9 +133,6 @@ def _traced(module: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> ir.M
     with torch.no_grad():
         for parameter in positional.parameters():
             parameter.copy_(torch.rand(parameter.shape, generator=generator))
-    axes = {
-        name: {axis: f"{name}_{axis}" for axis in range(min(value.ndim, _VARIES))} for name, value in inputs.items()
-    }
     file = io.BytesIO()
     torch.onnx.export(
         positional,
@@ -145,7 +142,7 @@ def _traced(module: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> ir.M
         opset_version=OPSET,
         input_names=positional.inputs,
         output_names=positional.outputs,
-        dynamic_axes=axes,
+        dynamic_axes={name: {axis: f"{name}_{axis}" for axis in _varying(value)} for name, value in inputs.items()},
         do_constant_folding=False,
     )
     return ir.from_proto(onnx.load_from_string(file.getvalue()))
