@@ -846,8 +846,11 @@ class _Assembly:
         if draft.kind == "mlp" and stack is not None:
             return "ffn", "pointwise"
         if stack is None and role == "write" and self._is_output(slot):
-            size = self.scene.sizes(axis)[0]
-            return ("vocab", "fixed") if size == self.names.sizes.get("vocab") else ("labels", "fixed")
+            by_token = len(self.scene.axes(self.d.readers[slot.stored].outputs[0])) > 2
+            if by_token and self.scene.sizes(axis)[0] == self.names.sizes.get("vocab"):
+                return "vocab", "fixed"
+            if draft.kind != "pool":
+                return "labels", "fixed"
         if draft.kind == "pool" and role == "write":
             return "pooled", "pointwise"
         if draft.kind == "mlp" or (draft.kind == "linear" and role == "write"):
