@@ -389,8 +389,11 @@ def _stacks_of(nodes: Sequence[ir.Node], chain: Sequence[ir.Value]) -> Iterator[
         if not sizes[index]:  # a cast, say: it comes before what it prepares
             heads[index] = heads[index + 1]
 
+    numbers: dict[Hashable, int] = {}
+    kinds = [numbers.setdefault(reading.words, len(numbers)) for reading in readings]
+
     def search(low: int, high: int) -> Iterator[Blocks]:
-        run = _best_run([reading.words for reading in readings[low:high]], sizes[low:high], heads[low:high])
+        run = _best_run(kinds[low:high], sizes[low:high], heads[low:high])
         if run is None:
             return
         start, period, count = run[0] + low, run[1], run[2]
@@ -410,7 +413,7 @@ def _is_head(part: _Part) -> tuple[bool, bool]:
 
 
 def _best_run(
-    words: Sequence[Hashable], sizes: Sequence[int], heads: Sequence[tuple[bool, bool]]
+    kinds: Sequence[int], sizes: Sequence[int], heads: Sequence[tuple[bool, bool]]
 ) -> tuple[int, int, int] | None:
     """The start, period and count of the repetition that covers most weights, by the shortest period.
 
@@ -418,8 +421,8 @@ def _best_run(
     """
     best: tuple[Hashable, ...] | None = None
     run = None
-    for period in range(1, len(words) // 2 + 1):
-        for low, high in _equal_stretches(words, period):
+    for period in range(1, len(kinds) // 2 + 1):
+        for low, high in _equal_stretches(kinds, period):
             count = (high - low) // period
             for start in range(low, high - count * period + 1):
                 covered = sum(sizes[start : start + count * period])
@@ -429,11 +432,11 @@ def _best_run(
     return run
 
 
-def _equal_stretches(words: Sequence[Hashable], period: int) -> Iterator[tuple[int, int]]:
-    """The longest stretches, of at least two periods, in which every word recurs one period later."""
+def _equal_stretches(kinds: Sequence[int], period: int) -> Iterator[tuple[int, int]]:
+    """The longest stretches, of at least two periods, in which every kind recurs one period later."""
     low = 0
-    for position in range(len(words) - period + 1):
-        if position == len(words) - period or words[position] != words[position + period]:
+    for position in range(len(kinds) - period + 1):
+        if position == len(kinds) - period or kinds[position] != kinds[position + period]:
             if position - low >= period:
                 yield low, position + period
             low = position + 1

@@ -410,6 +410,7 @@ def repeat_layers(module: torch.nn.Module, sources: Sequence[int]) -> None:
             done.append(name)
             layers._modules = {str(target): layers[source] for target, source in enumerate(sources)}
     for config in {id(part.config): part.config for part in module.modules() if hasattr(part, "config")}.values():
+        config.use_cache = False  # a cache would take a layer that occurs twice for one layer
         for name in COUNTS:
             if hasattr(config, name):
                 setattr(config, name, len(sources))
