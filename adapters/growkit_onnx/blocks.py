@@ -57,8 +57,8 @@ class Block:
     def initializers(self) -> tuple[ir.Value, ...]:
         """Every initializer that only this block reads, whatever its type."""
         own = set(self.nodes)
-        read = dict.fromkeys(v for node in self.nodes for v in node.inputs if v is not None and v.is_initializer())
-        return tuple(value for value in read if all(use.node in own for use in value.uses()))
+        read = (v for node in self.nodes for v in node.inputs if v is not None and v.is_initializer())
+        return tuple(dict.fromkeys([*self.weights, *(v for v in read if all(use.node in own for use in v.uses()))]))
 
     @property
     def values(self) -> tuple[ir.Value, ...]:
@@ -446,16 +446,22 @@ def _stack(nodes: Sequence[ir.Node], cuts: Sequence[ir.Value]) -> Iterator[Block
     """The stack whose blocks lie between the cuts, if they are alike as a whole, too."""
     parts = _parts(nodes, cuts)
     readings = [_read(part) for part in parts]
-    if len({reading.words for reading in readings}) > 1:
+    if not _are_alike(readings):
         return
     parts = _with_shared_roles(parts, readings)
     parts, roots = _with_outputs(nodes, parts)
     readings = [_read(part, own) for part, own in zip(parts, roots, strict=True)]
+    if not _are_alike(readings):
+        return
     roles = _roles(parts, readings)
     blocks = [
         _block(part, values, own) for part, values, own in zip(parts, zip(*roles, strict=True), roots, strict=True)
     ]
     yield Blocks(tuple(_in_order_of_inputs(blocks)), _side(blocks))
+
+
+def _are_alike(readings: Sequence[_Reading]) -> bool:
+    return all(reading.words == readings[0].words for reading in readings)
 
 
 def _with_shared_roles(parts: Sequence[_Part], readings: Sequence[_Reading]) -> list[_Part]:
