@@ -352,6 +352,8 @@ class _Reader:
     def _wiring(self, node: ir.Node) -> tuple[tuple[ir.Value | None, ...], dict[str, str]]:
         """A node's inputs and attributes, transpositions in a row being one: optimisers merge some and not others."""
         inputs = tuple(self._seen(value) if value is not None else None for value in node.inputs)
+        if node.op_type in _COMMUTATIVE:  # a bias may be added to a product, or a product to a bias
+            inputs = tuple(sorted(inputs, key=lambda value: value is None or value.producer() is None))
         attributes = {name: _attribute(a) for name, a in node.attributes.items() if name not in _IMPLIED}
         if (order := _transposed(node)) is None:
             return inputs, attributes
