@@ -294,6 +294,7 @@ class _Describer:
     def _drafts(self, nodes: Sequence[ir.Node], blocks: Blocks | None) -> list[Draft]:
         """The layers of some operators: norms, and what hangs together between them and the stream."""
         members = set(nodes)
+        self.own = set(blocks.blocks[0].weights) if blocks is not None else set(self.readers)
         drafts = [self._norm_draft(norm) for norm in self.norms if members & set(norm.nodes) and norm.scale]
         for component in self._components(nodes, members):
             drafts += _Branch(self, component, members).drafts()
@@ -406,6 +407,7 @@ class _Branch:
         self.inside = set(nodes)
         self.members = members
         self.labels: dict[ir.Value, set[str]] = {}
+        self.own = describer.own
         self.is_attention = False
         self.repeated: set[str] = set()
 
@@ -415,7 +417,7 @@ class _Branch:
             (node, weight)
             for node in self.nodes
             for _, weight in self.d.weights_of.get(node, ())
-            if node not in self.d.norm_of and self._matters(weight)
+            if node not in self.d.norm_of and self._matters(weight) and weight.stored in self.own
         ]
         if not weights:
             return []

@@ -130,6 +130,7 @@ def matmul(scene: Scene, node: ir.Node) -> None:
 
 
 @rule("Gemm")
+@rule("FusedGemm", domain=CONTRIB)
 def gemm(scene: Scene, node: ir.Node) -> None:
     left, right, *bias = node.inputs
     trans = [node.attributes.get_int(f"trans{side}", 0) for side in "AB"]
