@@ -26,7 +26,7 @@ test-all: $(VENV)/.installed-test test-compat ## Run every test, more examples, 
 	GROWKIT_NO_SKIP=1 HYPOTHESIS_PROFILE=nightly $(PYTEST)
 
 test-compat: $(COMPAT)/.installed-test ## Run the adapters' tests with the oldest supported transformers
-	OMP_NUM_THREADS=1 $(COMPAT)/bin/python -m pytest -n 2 --dist worksteal tests/adapters -m "not real and not slow"
+	OMP_NUM_THREADS=1 $(COMPAT)/bin/python -m pytest -n 2 --dist worksteal tests/adapters --ignore tests/adapters/onnx -m "not real and not slow"
 
 lint: $(VENV)/.installed-lint ## Check format, lint and types
 	$(BIN)/ruff format --check .

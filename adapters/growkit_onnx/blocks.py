@@ -24,6 +24,9 @@ FUSED = "growkit.fused"  # the metadata key of what was one node; a copy carries
 # What these give says how large a value is, not what it holds: the stream doesn't flow through them.
 _MEASURES = frozenset({"Shape", "Size"})
 
+# Their inputs may come in any order.
+_COMMUTATIVE = frozenset({"Add", "Mul"})
+
 # Attributes that optimisers write out or leave out, whatever the block, and that say nothing of its structure.
 _IMPLIED = frozenset({"stash_type", "allowzero"})
 
@@ -54,8 +57,8 @@ class Block:
     def initializers(self) -> tuple[ir.Value, ...]:
         """Every initializer that only this block reads, whatever its type."""
         own = set(self.nodes)
-        read = dict.fromkeys(v for node in self.nodes for v in node.inputs if v is not None and v.is_initializer())
-        return tuple(value for value in read if all(use.node in own for use in value.uses()))
+        read = (v for node in self.nodes for v in node.inputs if v is not None and v.is_initializer())
+        return tuple(dict.fromkeys([*self.weights, *(v for v in read if all(use.node in own for use in v.uses()))]))
 
     @property
     def values(self) -> tuple[ir.Value, ...]:
@@ -123,10 +126,10 @@ def _chains(
     for source in _sources(graph, nodes, carries):
         above = _dominators(nodes, source)
         chains = [tuple(filter(carries, _path(above, output))) for output in graph.outputs if output in above]
-        for chain in sorted(chains, key=len, reverse=True):
-            if len(set(pairwise(chain)) - seen) >= 2:
-                seen.update(pairwise(chain))
-                yield chain
+        for cuts in sorted(chains, key=len, reverse=True):
+            if len(set(pairwise(cuts)) - seen) >= 2:
+                seen.update(pairwise(cuts))
+                yield cuts
 
 
 def _sources(graph: ir.Graph, nodes: Sequence[ir.Node], carries: Callable[[ir.Value], bool]) -> list[ir.Value]:
@@ -296,44 +299,76 @@ def _word(value: ir.Value) -> Hashable:
 
 def _read(part: _Part, roots: Sequence[ir.Value] = ()) -> _Reading:
     """Read a part from its exit, then from further roots."""
-    told = _told(part)
-    places: dict[ir.Value, int] = {}
-    words: list[Hashable] = []
-    leaves: list[ir.Value] = []
-
-    def say(node: ir.Node) -> Hashable:
-        wired: list[int | str] = []
-        for value in map(_seen, node.inputs):
-            wired.append("none" if value is None else places[value] if value in told else "leaf")
-            leaves.extend([value] if value is not None and value not in told else [])
-        attributes = sorted((name, _attribute(a)) for name, a in node.attributes.items() if name not in _IMPLIED)
-        return node.domain, node.op_type, node.overload, tuple(attributes), tuple(wired), len(node.outputs)
-
-    pending = [_seen(root) for root in (*reversed(roots), part.exit)]
-    while pending:
-        value = pending[-1]
-        node = value.producer() if value is not part.entry else None
-        inputs = map(_seen, node.inputs) if node is not None else ()
-        waiting = [v for v in inputs if v is not None and v in told and v not in places]
-        if waiting and value not in places:
-            pending.extend(reversed(waiting))
-            continue
-        pending.pop()
-        if value in places:
-            continue
-        words.append(told[value] if node is None else say(node))
-        for made in node.outputs if node is not None else (value,):
-            places[made] = len(places)
-    return _Reading((*words, *(places[_seen(root)] for root in roots)), tuple(places), tuple(leaves))
+    reader = _Reader(part)
+    ends = [reader.read(root) for root in (part.exit, *roots)]
+    return _Reading((*reader.words, *ends), tuple(reader.places), tuple(reader.leaves))
 
 
-def _seen(value: ir.Value | None) -> ir.Value | None:
-    """The value itself, where it is only passed on: exporters join lists that have a single tensor in them."""
-    while value is not None and (node := value.producer()) is not None:
-        if node.op_type != "Concat" or len(node.inputs) != 1:
-            break
-        value = node.inputs[0]
-    return value
+class _Reader:
+    """Reads a part backwards, each value once: its inputs in order, then itself."""
+
+    def __init__(self, part: _Part) -> None:
+        self.entry = part.entry
+        self.told = _told(part)
+        self.places: dict[ir.Value, int] = {}
+        self.words: list[Hashable] = []
+        self.leaves: list[ir.Value] = []
+
+    def read(self, root: ir.Value) -> int:
+        """Read what leads to a value; returns the place of its word."""
+        root = self._seen(root)
+        pending = [root]
+        while pending:
+            value = pending[-1]
+            node = value.producer() if value is not self.entry else None
+            inputs, attributes = self._wiring(node) if node is not None else ((), {})
+            waiting = [v for v in inputs if v is not None and v in self.told and v not in self.places]
+            if waiting and value not in self.places:
+                pending.extend(reversed(waiting))
+                continue
+            pending.pop()
+            if value not in self.places:
+                self.words.append(self.told[value] if node is None else self._word(node, inputs, attributes))
+                for made in node.outputs if node is not None else (value,):
+                    self.places[made] = len(self.places)
+        return self.places[root]
+
+    def _word(self, node: ir.Node, inputs: Sequence[ir.Value | None], attributes: Mapping[str, str]) -> Hashable:
+        self.leaves += [value for value in inputs if value is not None and value not in self.told]
+        wires = ["none" if v is None else self.places[v] if v in self.told else "leaf" for v in inputs]
+        if node.op_type in _COMMUTATIVE:
+            wires.sort(key=str)
+        told = tuple(sorted(attributes.items()))
+        return node.domain, node.op_type, node.overload, told, tuple(wires), len(node.outputs)
+
+    def _seen(self, value: ir.Value) -> ir.Value:
+        """The value behind one that is only passed on: exporters join lists that have a single tensor in them."""
+        while value is not self.entry and (node := value.producer()) is not None:
+            if node.op_type != "Concat" or len(node.inputs) != 1 or node.inputs[0] is None:
+                break
+            value = node.inputs[0]
+        return value
+
+    def _wiring(self, node: ir.Node) -> tuple[tuple[ir.Value | None, ...], dict[str, str]]:
+        """A node's inputs and attributes, transpositions in a row being one: optimisers merge some and not others."""
+        inputs = tuple(self._seen(value) if value is not None else None for value in node.inputs)
+        if node.op_type in _COMMUTATIVE:  # a bias may be added to a product, or a product to a bias
+            inputs = tuple(sorted(inputs, key=lambda value: value is None or value.producer() is None))
+        attributes = {name: _attribute(a) for name, a in node.attributes.items() if name not in _IMPLIED}
+        if (order := _transposed(node)) is None:
+            return inputs, attributes
+        value = inputs[0]
+        while value is not None and value is not self.entry and (inner := _transposed(value.producer())) is not None:
+            order = [inner[axis] for axis in order]
+            node = value.producer() or node
+            value = self._seen(node.inputs[0]) if node.inputs[0] is not None else None
+        return (value,), {"perm": str(order)}
+
+
+def _transposed(node: ir.Node | None) -> list[int] | None:
+    """The order in which a transposition puts the axes, if the node is one."""
+    attribute = node.attributes.get("perm") if node is not None and node.op_type == "Transpose" else None
+    return list(attribute.as_ints()) if attribute is not None else None
 
 
 def _attribute(attribute: ir.Attr) -> str:
@@ -356,8 +391,11 @@ def _stacks_of(nodes: Sequence[ir.Node], chain: Sequence[ir.Value]) -> Iterator[
         if not sizes[index]:  # a cast, say: it comes before what it prepares
             heads[index] = heads[index + 1]
 
+    numbers: dict[Hashable, int] = {}
+    kinds = [numbers.setdefault(reading.words, len(numbers)) for reading in readings]
+
     def search(low: int, high: int) -> Iterator[Blocks]:
-        run = _best_run([reading.words for reading in readings[low:high]], sizes[low:high], heads[low:high])
+        run = _best_run(kinds[low:high], sizes[low:high], heads[low:high])
         if run is None:
             return
         start, period, count = run[0] + low, run[1], run[2]
@@ -377,7 +415,7 @@ def _is_head(part: _Part) -> tuple[bool, bool]:
 
 
 def _best_run(
-    words: Sequence[Hashable], sizes: Sequence[int], heads: Sequence[tuple[bool, bool]]
+    kinds: Sequence[int], sizes: Sequence[int], heads: Sequence[tuple[bool, bool]]
 ) -> tuple[int, int, int] | None:
     """The start, period and count of the repetition that covers most weights, by the shortest period.
 
@@ -385,8 +423,8 @@ def _best_run(
     """
     best: tuple[Hashable, ...] | None = None
     run = None
-    for period in range(1, len(words) // 2 + 1):
-        for low, high in _equal_stretches(words, period):
+    for period in range(1, len(kinds) // 2 + 1):
+        for low, high in _equal_stretches(kinds, period):
             count = (high - low) // period
             for start in range(low, high - count * period + 1):
                 covered = sum(sizes[start : start + count * period])
@@ -396,11 +434,11 @@ def _best_run(
     return run
 
 
-def _equal_stretches(words: Sequence[Hashable], period: int) -> Iterator[tuple[int, int]]:
-    """The longest stretches, of at least two periods, in which every word recurs one period later."""
+def _equal_stretches(kinds: Sequence[int], period: int) -> Iterator[tuple[int, int]]:
+    """The longest stretches, of at least two periods, in which every kind recurs one period later."""
     low = 0
-    for position in range(len(words) - period + 1):
-        if position == len(words) - period or words[position] != words[position + period]:
+    for position in range(len(kinds) - period + 1):
+        if position == len(kinds) - period or kinds[position] != kinds[position + period]:
             if position - low >= period:
                 yield low, position + period
             low = position + 1
@@ -410,14 +448,22 @@ def _stack(nodes: Sequence[ir.Node], cuts: Sequence[ir.Value]) -> Iterator[Block
     """The stack whose blocks lie between the cuts, if they are alike as a whole, too."""
     parts = _parts(nodes, cuts)
     readings = [_read(part) for part in parts]
-    if len({reading.words for reading in readings}) > 1:
+    if not _are_alike(readings):
         return
     parts = _with_shared_roles(parts, readings)
     parts, roots = _with_outputs(nodes, parts)
     readings = [_read(part, own) for part, own in zip(parts, roots, strict=True)]
+    if not _are_alike(readings):
+        return
     roles = _roles(parts, readings)
-    blocks = [_block(part, values, own) for part, values, own in zip(parts, zip(*roles, strict=True), roots, strict=True)]
+    blocks = [
+        _block(part, values, own) for part, values, own in zip(parts, zip(*roles, strict=True), roots, strict=True)
+    ]
     yield Blocks(tuple(_in_order_of_inputs(blocks)), _side(blocks))
+
+
+def _are_alike(readings: Sequence[_Reading]) -> bool:
+    return all(reading.words == readings[0].words for reading in readings)
 
 
 def _with_shared_roles(parts: Sequence[_Part], readings: Sequence[_Reading]) -> list[_Part]:
@@ -431,7 +477,9 @@ def _with_shared_roles(parts: Sequence[_Part], readings: Sequence[_Reading]) -> 
         if all(leaf.producer() in body for leaf, body in zip(leaves, bodies, strict=True)):
             for leaf, body, mine in zip(leaves, bodies, own, strict=True):
                 _add_makers(leaf, body, mine)
-    return [replace(part, nodes=tuple(n for n in part.nodes if n in mine)) for part, mine in zip(parts, own, strict=True)]
+    return [
+        replace(part, nodes=tuple(n for n in part.nodes if n in mine)) for part, mine in zip(parts, own, strict=True)
+    ]
 
 
 def _add_makers(value: ir.Value, body: Set[ir.Node], found: set[ir.Node]) -> None:
@@ -444,9 +492,7 @@ def _add_makers(value: ir.Value, body: Set[ir.Node], found: set[ir.Node]) -> Non
             pending.extend(v.producer() for v in node.inputs if v is not None)
 
 
-def _with_outputs(
-    nodes: Sequence[ir.Node], parts: Sequence[_Part]
-) -> tuple[list[_Part], list[tuple[ir.Value, ...]]]:
+def _with_outputs(nodes: Sequence[ir.Node], parts: Sequence[_Part]) -> tuple[list[_Part], list[tuple[ir.Value, ...]]]:
     """The parts with what leads from them to outputs of the graph that all of them have, and these outputs."""
     homes: dict[ir.Value, int | None] = {}
     for index, part in enumerate(parts):
@@ -536,9 +582,7 @@ def _side(blocks: Sequence[Block]) -> tuple[ir.Value, ...]:
 # --- deepening -------------------------------------------------------------------------------------------------------
 
 
-def deepen(
-    graph: ir.Graph, stack: Blocks, sources: Sequence[int]
-) -> tuple[Blocks, Mapping[ir.Value, ir.Value]]:
+def deepen(graph: ir.Graph, stack: Blocks, sources: Sequence[int]) -> tuple[Blocks, Mapping[ir.Value, ir.Value]]:
     """Give a stack other blocks, in place: block t becomes a copy of today's block ``sources[t]``.
 
     The first copy of a block is the block itself; further ones have nodes, initializers, graph inputs and graph
@@ -555,14 +599,11 @@ def deepen(
         The new stack, and for each value that its blocks own the value that it is a copy of: itself where it was kept.
 
     Raises:
-        GrowkitError: If there are no sources, or one that isn't a block of the stack.
+        GrowkitError: If there are no sources, or one that isn't a block of the stack, or if blocks change their order
+            although one computes what others read.
     """
+    _check(stack, sources)
     known = range(len(stack.blocks))
-    if not sources or not set(known).issuperset(sources):
-        raise GrowkitError(
-            f"blocks {list(sources)} of a stack of {len(known)} asked for: expected at least one, each of them "
-            f"from 0 to {len(known) - 1}; choose among the blocks that there are"
-        )
     if list(sources) == list(known):
         return stack, {value: value for block in stack.blocks for value in block.values}
     numbers = _numbers(stack)
@@ -578,6 +619,37 @@ def deepen(
     graph.sort()
     _rename(graph, copies, numbers)
     return replace(stack, blocks=blocks), {new: old for copy in copies for old, new in copy.values.items()}
+
+
+def _check(stack: Blocks, sources: Sequence[int]) -> None:
+    known = range(len(stack.blocks))
+    if not sources or not set(known).issuperset(sources):
+        raise GrowkitError(
+            f"blocks {list(sources)} of a stack of {len(known)} asked for: expected at least one, each of them "
+            f"from 0 to {known[-1]}; choose among the blocks that there are"
+        )
+    kept = list(dict.fromkeys(sources))
+    if kept != sorted(kept) and (shared := _made_inside(stack)):
+        raise GrowkitError(
+            f"blocks {list(sources)} asked for: expected blocks in their order, because others read {shared[0].name}, "
+            f"which one of them computes; keep the first copy of each block behind those before it"
+        )
+
+
+def _made_inside(stack: Blocks) -> list[ir.Value]:
+    """The side values that are computed from what a block makes, such as the sizes that all take from the first."""
+    own = {value for block in stack.blocks for node in block.nodes for value in node.outputs}
+    found = []
+    for side in stack.side:
+        seen, pending = {side}, [side]
+        while pending:
+            node = pending.pop().producer()
+            more = [v for v in node.inputs if v is not None and v not in seen] if node is not None else []
+            seen.update(more)
+            pending.extend(more)
+        if not seen.isdisjoint(own):
+            found.append(side)
+    return found
 
 
 @dataclass(frozen=True)
@@ -651,7 +723,7 @@ def _clone_value(value: ir.Value) -> ir.Value:
 
 def _share(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     """The same data under a name of its own: to rename a value renames its tensor."""
-    return ir.LazyTensor(lambda: tensor, dtype=tensor.dtype, shape=ir.Shape(tensor.shape), name=tensor.name)
+    return ir.LazyTensor(lambda: tensor, dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=tensor.name)
 
 
 def _insert(graph: ir.Graph, copies: Sequence[_Copy]) -> None:
@@ -668,7 +740,7 @@ def _insert(graph: ir.Graph, copies: Sequence[_Copy]) -> None:
 
 
 def _rewire(graph: ir.Graph, stack: Blocks, copies: Sequence[_Copy]) -> tuple[Block, ...]:
-    """Let every block read what the one before it gives, and what comes after the stack read what the last one gives."""
+    """Let every block, and what comes after the stack, read what the block before gives."""
     old, new = stack.blocks[-1].exit, copies[-1].block.exit
     inside = {node for block in stack.blocks for node in block.nodes}
     inside.update(node for copy in copies for node in copy.block.nodes)
@@ -697,7 +769,9 @@ def _replace(node: ir.Node, old: ir.Value, new: ir.Value) -> None:
             node.replace_input_with(index, new)
 
 
-def _show(shown: MutableSequence[ir.Value], old: Sequence[Sequence[ir.Value]], new: Sequence[Sequence[ir.Value]]) -> None:
+def _show(
+    shown: MutableSequence[ir.Value], old: Sequence[Sequence[ir.Value]], new: Sequence[Sequence[ir.Value]]
+) -> None:
     """Put the new blocks' values among the graph's inputs or outputs where the old ones' are, in the same order.
 
     That is one block's after the other's, or one role's after the other's.
@@ -813,10 +887,9 @@ def _rename(graph: ir.Graph, copies: Sequence[_Copy], numbers: _Numbers) -> None
             values.setdefault(new, moved(old.name or ""))
         for before, after in copy.nodes.items():
             nodes[after] = moved(before.name or "")
-        for thing in (*copy.values.values(), *copy.nodes.values()):
-            for key, text in thing.metadata_props.items():
-                if key != FUSED:
-                    thing.metadata_props[key] = moved(text)
+        things: list[ir.Value | ir.Node] = [*copy.values.values(), *copy.nodes.values()]
+        for properties in (thing.metadata_props for thing in things):
+            properties.update({key: moved(text) for key, text in properties.items() if key != FUSED})
     _name(values, {value.name for value in _all_values(graph) if value not in values})
     _name(nodes, {node.name for node in graph if node not in nodes})
 

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import permutations
 
 import onnx_ir as ir
 
@@ -180,6 +181,7 @@ class _Describer:
         self.ties = ties
         self.where = where
         self.names = Names(scene)
+        self._unify_measured()
         self.norms = list(find_norms(scene))
         self.spaces = residual_spaces(scene)
         if not self.spaces:
@@ -198,6 +200,24 @@ class _Describer:
                     weight = scene.weight(value)
                     self.weights_of.setdefault(node, []).append((value, weight))
                     self.readers[weight.stored] = node
+
+    def _unify_measured(self) -> None:
+        """A copy of a table that is only asked for its size is what the copy that is read is."""
+        read: dict[str, ir.Value] = {}
+        measured: list[ir.Value] = []
+        for stored in self.scene.parts:
+            node = next(iter(stored.consumers()), None)
+            if node is not None and self.scene.is_only_measured(node.outputs[0]):
+                measured.append(stored)
+            else:
+                read.setdefault(self.origin(stored), stored)
+        for stored in measured:
+            for a, b in zip(self.scene.axes(stored), self.scene.axes(read.get(self.origin(stored), stored)), strict=True):
+                self.scene.unify(a, b)
+
+    def origin(self, stored: ir.Value) -> str:
+        """The name of the initializer that a stored weight is, or is a private copy of."""
+        return self.ties.get(str(stored.name), str(stored.name))
 
     def _obstacle(self) -> str:
         reasons = Counter(self.scene.unifier._frozen.values())
@@ -240,8 +260,9 @@ class _Describer:
         return any(space in self.names.sizes for space in named)
 
     def _named_stacks(self, found: Sequence[Blocks]) -> dict[str, Blocks]:
-        if len(found) == 2 and any(self._reads_from(found[1], found[0])):
-            return {"encoder": found[0], "decoder": found[1]}
+        for encoder, decoder in permutations(found) if len(found) == 2 else ():
+            if any(self._reads_from(decoder, encoder)):
+                return {"encoder": encoder, "decoder": decoder}
         return {"layers" if i == 0 else f"layers_{i + 1}": blocks for i, blocks in enumerate(found)}
 
     def _reads_from(self, later: Blocks, earlier: Blocks) -> Iterator[bool]:
@@ -273,6 +294,7 @@ class _Describer:
     def _drafts(self, nodes: Sequence[ir.Node], blocks: Blocks | None) -> list[Draft]:
         """The layers of some operators: norms, and what hangs together between them and the stream."""
         members = set(nodes)
+        self.own = set(blocks.blocks[0].weights) if blocks is not None else set(self.readers)
         drafts = [self._norm_draft(norm) for norm in self.norms if members & set(norm.nodes) and norm.scale]
         for component in self._components(nodes, members):
             drafts += _Branch(self, component, members).drafts()
@@ -385,6 +407,7 @@ class _Branch:
         self.inside = set(nodes)
         self.members = members
         self.labels: dict[ir.Value, set[str]] = {}
+        self.own = describer.own
         self.is_attention = False
         self.repeated: set[str] = set()
 
@@ -394,7 +417,7 @@ class _Branch:
             (node, weight)
             for node in self.nodes
             for _, weight in self.d.weights_of.get(node, ())
-            if node not in self.d.norm_of and self._matters(weight)
+            if node not in self.d.norm_of and self._matters(weight) and weight.stored in self.own
         ]
         if not weights:
             return []
@@ -759,6 +782,7 @@ class _Assembly:
         self.stacks, self.first, self.outside = stacks, first, outside
         self.stored: dict[str, tuple[ir.Value, ...]] = {}
         self.slots: dict[str, ir.Value] = {}
+        self.by_origin: dict[str, list[Parameter]] = {}
         self.norms: dict[str, tuple[Norm, ...]] = {}
         self.norm_names: dict[int, str] = {}
         self.taken: set[str] = set()
@@ -776,7 +800,7 @@ class _Assembly:
         head = [d for d in self.outside if d not in stem]
         graph = LayerGraph(
             architecture="onnx",
-            stem=tuple(self._layer(d, None) for d in stem),
+            stem=self._layers(stem),
             stacks=tuple(
                 Stack(
                     name=name,
@@ -786,7 +810,7 @@ class _Assembly:
                 )
                 for name, blocks in self.stacks.items()
             ),
-            head=tuple(self._layer(d, None) for d in head),
+            head=self._layers(head),
             spaces=self._spaces(),
             inputs=tuple(self._inputs()),
             outputs=tuple(self._outputs()),
@@ -846,8 +870,11 @@ class _Assembly:
         if draft.kind == "mlp" and stack is not None:
             return "ffn", "pointwise"
         if stack is None and role == "write" and self._is_output(slot):
-            size = self.scene.sizes(axis)[0]
-            return ("vocab", "fixed") if size == self.names.sizes.get("vocab") else ("labels", "fixed")
+            by_token = len(self.scene.axes(self.d.readers[slot.stored].outputs[0])) > 2
+            if by_token and self.scene.sizes(axis)[0] == self.names.sizes.get("vocab"):
+                return "vocab", "fixed"
+            if draft.kind != "pool":
+                return "labels", "fixed"
         if draft.kind == "pool" and role == "write":
             return "pooled", "pointwise"
         if draft.kind == "mlp" or (draft.kind == "linear" and role == "write"):
@@ -921,8 +948,13 @@ class _Assembly:
                             return slot.module[0]
         return ""
 
+    def _layers(self, drafts: Sequence[Draft]) -> tuple[Layer, ...]:
+        made = (self._layer(draft, None) for draft in drafts)
+        return tuple(layer for layer in made if layer.parameters)
+
     def _layer(self, draft: Draft, stack: str | None) -> Layer:
-        parameters = tuple(self._parameter(slot, draft, stack) for slot in draft.slots)
+        made = (self._parameter(slot, draft, stack) for slot in draft.slots)
+        parameters = tuple(parameter for parameter in made if parameter is not None)
         attributes = dict(draft.attributes)
         if draft.norm is not None:
             key = f"{stack}/{draft.name}" if stack else draft.name
@@ -955,7 +987,13 @@ class _Assembly:
 
     # --- parameters --------------------------------------------------------------------------------------------------
 
-    def _parameter(self, slot: Slot, draft: Draft, stack: str | None) -> Parameter:
+    def _parameter(self, slot: Slot, draft: Draft, stack: str | None) -> Parameter | None:
+        """The parameter of a slot; None where it is another use of one that is there."""
+        layout = self._layout(slot, draft)
+        twin = self._twin(slot, layout, stack)
+        if twin is not None and twin.parsed == layout:
+            self.stored[twin.name] += (slot.stored,)
+            return None
         values = (
             [slot.stored]
             if stack is None
@@ -972,9 +1010,23 @@ class _Assembly:
         self.slots[f"{stack or ''}/{draft.name}/{slot_name}"] = slot.stored
         dtype = slot.stored.dtype
         assert dtype is not None
-        return Parameter(
-            name=name, slot=slot_name, layout=str(self._layout(slot, draft)), dtype=dtype.numpy().name
+        parameter = Parameter(
+            name=name,
+            slot=slot_name,
+            layout=str(layout),
+            dtype=dtype.numpy().name,
+            tied_to=twin.name if twin is not None else None,
         )
+        if stack is None and twin is None:
+            self.by_origin.setdefault(self.d.origin(slot.stored), []).append(parameter)
+        return parameter
+
+    def _twin(self, slot: Slot, layout: Layout, stack: str | None) -> Parameter | None:
+        """The matrix outside of stacks that was the same tensor in the file, and whose axes are the same."""
+        if stack is not None or len(layout.axes) < 2:
+            return None
+        same = self.by_origin.get(self.d.origin(slot.stored), ())
+        return next((parameter for parameter in same if parameter.parsed.axes == layout.axes), None)
 
     def _norm_module(self, draft: Draft) -> str:
         """Norms over heads name the basis they stand in."""
@@ -999,7 +1051,7 @@ class _Assembly:
         return Layout(axes[:split], "->" if reads[0] else "<-", axes[split:])
 
     def _tensor_name(self, values: Sequence[ir.Value], stack: str | None, layer: str, slot: str, shared: bool) -> str:
-        names = [self.d.ties.get(str(value.name), str(value.name)) for value in values]
+        names = [self.d.origin(value) for value in values]
         if stack is None or shared:
             pattern = names[0] if not _is_anonymous(names[0]) else f"{layer}.{slot}"
         else:
@@ -1014,7 +1066,7 @@ class _Assembly:
         if len(blocks.blocks) < 2:
             return False
         originals = [
-            [self.d.ties.get(str(value.name), str(value.name)) for value in block.weights if len(value.shape or ()) > 1]
+            [self.d.origin(value) for value in block.weights if len(value.shape or ()) > 1]
             for block in blocks.blocks
         ]
         return bool(originals[0]) and all(each == originals[0] for each in originals)

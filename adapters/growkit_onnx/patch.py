@@ -20,7 +20,7 @@ import torch
 
 from growkit_onnx.describe import Names
 from growkit_onnx.execute import Executor, run_node
-from growkit_onnx.infer import Scene
+from growkit_onnx.infer import Scene, same_in_all
 from growkit_onnx.operators import constant
 from growkit_onnx.rules import CONTRIB
 from growkit_specs import GrowkitError, InvalidTarget
@@ -128,11 +128,7 @@ class Resizing:
 
     def constant(self, value: ir.Value | None) -> np.ndarray | None:
         """The entries of a value that are the same in every run; None where they are not, or not known."""
-        if value is None or any(value not in run or run[value].is_meta for run in self.runs):
-            return None
-        found = [np.asarray(run[value]) for run in self.runs]
-        same = all(f.shape == found[0].shape and np.array_equal(f, found[0]) for f in found)
-        return found[0] if same else None
+        return same_in_all(self.runs, value)
 
     # --- running -----------------------------------------------------------------------------------------------------
 

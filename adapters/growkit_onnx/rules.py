@@ -130,6 +130,7 @@ def matmul(scene: Scene, node: ir.Node) -> None:
 
 
 @rule("Gemm")
+@rule("FusedGemm", domain=CONTRIB)
 def gemm(scene: Scene, node: ir.Node) -> None:
     left, right, *bias = node.inputs
     trans = [node.attributes.get_int(f"trans{side}", 0) for side in "AB"]
@@ -391,8 +392,9 @@ def fused_attention(scene: Scene, node: ir.Node) -> None:
             if value is not None:
                 scene.unify(scene.axes(value)[2], heads)
                 scene.unify(scene.axes(value)[4], dims[2])
-    if len(rest) > 3 and rest[3] is not None and scene.axes(rest[3])[1] != ONE:
-        scene.unify(scene.axes(rest[3])[1], heads)
+    for value in scene.added_scores(node):
+        if scene.axes(value)[1] != ONE:
+            scene.unify(scene.axes(value)[1], heads)
     scene.attends(node, heads, heads, dims[0], dims[2])
 
 
@@ -438,6 +440,13 @@ def attention(scene: Scene, node: ir.Node) -> None:
         scene.unify(heads, product(kv_heads, group))
     else:
         scene.unify(heads, kv_heads)
+    if node.op_type == "MultiHeadAttention" and len(node.inputs) > 3 and (bias := node.inputs[3]) is not None:
+        parts = (product(heads, dqk), product(kv_heads, dqk), product(kv_heads, dv))
+        scene.unify(scene.axes(bias)[0], concatenation(*parts))
+        scene.play(bias, "write")
+    for value in scene.added_scores(node):
+        if scene.axes(value)[1] != ONE:
+            scene.unify(scene.axes(value)[1], heads)
     for value, dim in scene.caches(node):
         scene.unify(scene.axes(value)[1], kv_heads)
         scene.unify(scene.axes(value)[3], dqk if dim == "k" else dv)
