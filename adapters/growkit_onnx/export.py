@@ -25,11 +25,12 @@ from growkit_specs import UnsupportedModel
 OPSET = 18
 """The version of the operator set that files are exported to: the first that both exporters write."""
 
-def export(example: Example) -> ir.Model:
+def export(example: Example, *, fixed: bool = False) -> ir.Model:
     """The ONNX model of a module.
 
     Args:
-        example: The module, and inputs it runs on; sizes that may vary in the exported model are found by tracing.
+        example: The module, and inputs it runs on.
+        fixed: Whether the exported model takes inputs of the example's sizes only; else batch and sequence vary.
 
     Returns:
         The model; its initializers share the memory of the module's state and have its names.
@@ -46,7 +47,8 @@ def export(example: Example) -> ir.Model:
         for inputs in _batches(example.inputs):
             for exported in (_captured, _traced):
                 try:
-                    return _with_names(exported(example.module, inputs), example.module)
+                    varying = {name: range(0) if fixed else _varying(value) for name, value in inputs.items()}
+                    return _with_names(exported(example.module, inputs, varying), example.module)
                 except Exception as error:  # exporters raise whatever the module makes them raise
                     reasons.append(error)
     name = type(example.module).__name__
@@ -65,6 +67,10 @@ def _batches(inputs: Mapping[str, torch.Tensor]) -> Iterator[Mapping[str, torch.
     if all(value.ndim and len(value) == 1 for value in inputs.values()):
         yield {name: torch.cat([value, value]) for name, value in inputs.items()}
     yield inputs
+
+
+Varying = Mapping[str, range]
+"""The axes of each input that may vary."""
 
 
 # --- the two exporters -----------------------------------------------------------------------------------------------
@@ -90,10 +96,9 @@ class _Positional(torch.nn.Module):
         return tuple(outputs.values())
 
 
-def _captured(module: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> ir.Model:
+def _captured(module: torch.nn.Module, inputs: Mapping[str, torch.Tensor], varying: Varying) -> ir.Model:
     """By torch.export; weights are hidden from what folds constants."""
     positional = _Positional(module, inputs)
-    varying = tuple(dict.fromkeys(_varying(value), torch.export.Dim.AUTO) for value in inputs.values())
     program = torch.onnx.export(
         positional,
         tuple(inputs.values()),
@@ -101,7 +106,7 @@ def _captured(module: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> ir
         opset_version=OPSET,
         input_names=positional.inputs,
         output_names=positional.outputs,
-        dynamic_shapes=(varying,),
+        dynamic_shapes=(tuple(dict.fromkeys(axes, torch.export.Dim.AUTO) for axes in varying.values()),),
         optimize=False,
         verbose=False,
     )
@@ -126,7 +131,7 @@ def _hidden_weights(graph: ir.Graph) -> Iterator[None]:
         graph.register_initializer(value)
 
 
-def _traced(module: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> ir.Model:
+def _traced(module: torch.nn.Module, inputs: Mapping[str, torch.Tensor], varying: Varying) -> ir.Model:
     """By running it once; of a copy with other weights, for this exporter stores equal tensors once."""
     positional = _Positional(copy.deepcopy(module), inputs)
     generator = torch.Generator().manual_seed(0)
@@ -142,7 +147,7 @@ def _traced(module: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> ir.M
         opset_version=OPSET,
         input_names=positional.inputs,
         output_names=positional.outputs,
-        dynamic_axes={name: {axis: f"{name}_{axis}" for axis in _varying(value)} for name, value in inputs.items()},
+        dynamic_axes={name: {axis: f"{name}_{axis}" for axis in axes} for name, axes in varying.items()},
         do_constant_folding=False,
     )
     return ir.from_proto(onnx.load_from_string(file.getvalue()))

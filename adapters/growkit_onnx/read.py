@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from growkit_onnx.infer import Scene
 from growkit_onnx.normalise import Normalised, normalise
 from growkit_onnx.surgery import OutputPolicy, Surgery
 from growkit_onnx.trial import Trial, trial
-from growkit_specs import GrowkitError, InvalidTarget, LayerGraph
+from growkit_specs import GrowkitError, InvalidTarget, LayerGraph, UnsupportedModel
 from growkit_specs.layout import spaces_of
 
 OPERATOR = ".growkit_operator.safetensors"
@@ -113,8 +114,27 @@ def read_model(adapter: Adapter, source: Any) -> Model:
     Raises:
         GrowkitError: Where it is malformed, or nothing in it can grow; one line says what stands in the way.
     """
-    path = source if isinstance(source, Path) else None
-    loaded = _loader(source)
+    if isinstance(source, Example):
+        return _read_example(adapter, source)
+    if isinstance(source, Path):
+        return _read(adapter, partial(load, source), source)
+    return _read(adapter, partial(from_proto, source))
+
+
+def _read_example(adapter: Adapter, example: Example) -> Model:
+    """The model of a module; one that computes with the number of its rows may run at the example's sizes only."""
+    from growkit_onnx.export import export
+
+    try:
+        return _read(adapter, export(example).clone)
+    except UnsupportedModel as error:
+        try:
+            return _read(adapter, export(example, fixed=True).clone)
+        except UnsupportedModel:
+            raise error from None
+
+
+def _read(adapter: Adapter, loaded: Callable[[], ir.Model], path: Path | None = None) -> Model:
     where = str(path) if path is not None else "the model"
     model = loaded()
     normalised = normalise(model)
@@ -125,17 +145,6 @@ def read_model(adapter: Adapter, source: Any) -> Model:
     weights = LazyWeights(names, _array)
     origin = Origin(loaded, model, normalised, scene, runs, description, path)
     return Model(description.graph, weights, adapter, origin, _growth_beside(path))
-
-
-def _loader(source: Any) -> Callable[[], ir.Model]:
-    """What gives the model anew as often as it is asked for."""
-    if isinstance(source, Path):
-        return lambda: load(source)
-    if isinstance(source, Example):
-        from growkit_onnx.export import export
-
-        return export(source).clone
-    return lambda: from_proto(source)
 
 
 def _array(value: ir.Value) -> np.ndarray:

@@ -21,6 +21,7 @@ from growkit.example import Example
 from growkit.model import LazyWeights, Model
 from growkit.operator import GrowthOperator
 from growkit_specs import GrowkitError, InvalidTarget, Layer, LayerGraph, Stack, Tensor, UnsupportedFormat, UnsupportedModel
+from growkit_specs.layout import Leaf
 from growkit_torch.read import as_numpy, shared_names
 
 NUMBER = "{layer}"
@@ -35,12 +36,15 @@ class ExportedOrigin:
         example: The module, the inputs it runs on, and what builds larger ones.
         graph: The layer graph in the names of the module's state.
         exported: The exported model, as the ONNX adapter read it.
+        made: The spaces of tensors that the module makes by itself, and one such tensor for each: its entries would
+            be others at another size.
         operator: What grows it; None of a model that was read.
     """
 
     example: Example
     graph: LayerGraph
     exported: Model
+    made: Mapping[str, str]
     operator: GrowthOperator | None = None
 
     path = None
@@ -68,6 +72,12 @@ class ExportedOrigin:
         """
         if self.operator is not None:
             raise InvalidTarget("this model was grown in memory; read the larger module to grow it further")
+        for space, name in self.made.items():
+            if graph.sizes[space] != self.graph.sizes[space]:
+                raise InvalidTarget(
+                    f"{space} cannot grow from {self.graph.sizes[space]} to {graph.sizes[space]}: the module makes "
+                    f"{name} by itself, which is neither a parameter nor a buffer in its state; ask for sizes that keep it"
+                )
         same = self.exported.graph.resized(graph.sizes, graph.depths)
         self.exported.adapter.resized(self.exported.origin, same, operator)
         return replace(self, operator=operator)
@@ -154,9 +164,10 @@ def read_example(adapter: Adapter, example: Example) -> Model:
     exported = _read_as_onnx(example)
     module = example.module
     state = module.state_dict()
-    graph = _Naming(exported, module).graph()
+    naming = _Naming(exported, module)
+    graph = naming.graph()
     weights = LazyWeights({tensor.name: state[tensor.name] for tensor in graph.tensors()}, as_numpy)
-    return Model(graph, weights, adapter, ExportedOrigin(example, graph, exported))
+    return Model(graph, weights, adapter, ExportedOrigin(example, graph, exported, naming.made))
 
 
 def write_onnx(
@@ -219,6 +230,9 @@ class _Naming:
         self.state = module.state_dict()
         self.first = shared_names(self.state)
         self.holders: dict[str, str] = {}
+        self.made: dict[str, str] = {}
+        heads = exported.origin.description.names.leaves("head_dim")
+        self.is_rotary = any(len(factors) > 1 or not isinstance(factors[0], Leaf) for factors in heads)
 
     def graph(self) -> LayerGraph:
         told = self.exported.graph
@@ -226,37 +240,51 @@ class _Naming:
             update={
                 "architecture": "exported",
                 "attributes": {**told.attributes, "class": type(self.module).__name__},
-                "stem": tuple(self.layer(layer, None) for layer in told.stem),
-                "stacks": tuple(
-                    s.model_copy(update={"layers": tuple(self.layer(layer, s) for layer in s.layers)})
-                    for s in told.stacks
-                ),
-                "head": tuple(self.layer(layer, None) for layer in told.head),
+                "stem": self.layers(told.stem, None),
+                "stacks": tuple(s.model_copy(update={"layers": self.layers(s.layers, s)}) for s in told.stacks),
+                "head": self.layers(told.head, None),
             }
         ).revalidated()
         return _with_settable_epsilons(named, self.module)
+
+    def layers(self, layers: Sequence[Layer], stack: Stack | None) -> tuple[Layer, ...]:
+        """The layers of a block that hold parameters of the module."""
+        return tuple(named for layer in layers if (named := self.layer(layer, stack)).parameters)
 
     def layer(self, layer: Layer, stack: Stack | None) -> Layer:
         parameters = []
         for parameter in layer.parameters:
             name = self.name(parameter.name, stack)
+            if name is None:
+                self.made |= dict.fromkeys(parameter.parsed.spaces, parameter.name)
+                continue
             tied = self.holders.get(name)
             own = self.alias(name) if tied else name
             self.holders.setdefault(name, name)
             parameters.append(parameter.model_copy(update={"name": own, "tied_to": tied}))
-        # A module divides its scores by the root of the head size that it has; a file by the number in it.
-        attributes = {key: value for key, value in layer.attributes.items() if key != "scale"}
-        return layer.model_copy(update={"parameters": tuple(parameters), "attributes": attributes})
+        return layer.model_copy(update={"parameters": tuple(parameters), "attributes": self.attributes(layer)})
 
-    def name(self, name: str, stack: Stack | None) -> str:
-        """The first name that the module has for a parameter."""
+    def attributes(self, layer: Layer) -> dict[str, Any]:
+        """A file scales by the numbers in it, a module by what it computes from its sizes."""
+        attributes = {key: value for key, value in layer.attributes.items() if key != "scale"}
+        return attributes | ({"rope": True} if layer.kind == "attention" and self.is_rotary else {})
+
+    def name(self, name: str, stack: Stack | None) -> str | None:
+        """The first name that the module has for a parameter; None for what it makes by itself.
+
+        Raises:
+            UnsupportedModel: Where only some layers have it.
+        """
         plain = name.rstrip("'")
         layers = range(stack.depth) if stack is not None and not stack.shared else range(1)
-        missing = next((n for n in (plain.replace(NUMBER, str(i)) for i in layers) if n not in self.state), None)
-        if missing is not None:
+        names = [plain.replace(NUMBER, str(i)) for i in layers]
+        missing = [name for name in names if name not in self.state]
+        if len(missing) == len(names):
+            return None
+        if missing:
             raise UnsupportedModel(
-                f"{type(self.module).__name__}: the exported model holds {missing}, which is no parameter or buffer of "
-                "the module; expected every weight to be one, and layers to be numbered from 0 in their names"
+                f"{type(self.module).__name__}: no {missing[0]} beside {(set(names) - set(missing)).pop()}; expected "
+                "blocks that are numbered from 0 in the names of their parameters"
             )
         return self.first.get(plain, plain)
 
