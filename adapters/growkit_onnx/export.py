@@ -11,8 +11,7 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import onnx
 import onnx_ir as ir
@@ -24,6 +23,7 @@ from growkit_specs import UnsupportedModel
 
 OPSET = 18
 """The version of the operator set that files are exported to: the first that both exporters write."""
+
 
 def export(example: Example, *, fixed: bool = False) -> ir.Model:
     """The ONNX model of a module.
@@ -142,7 +142,7 @@ def _traced(module: torch.nn.Module, inputs: Mapping[str, torch.Tensor], varying
     torch.onnx.export(
         positional,
         tuple(inputs.values()),
-        file,
+        file,  # type: ignore[arg-type]
         dynamo=False,
         opset_version=OPSET,
         input_names=positional.inputs,
@@ -185,14 +185,12 @@ def _evaluating(module: torch.nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without what exporters say and warn of: a failure is an exception anyway."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    nowhere = io.StringIO()
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)

@@ -10,6 +10,7 @@ import copy
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,16 @@ from growkit.adapters import Adapter, adapters
 from growkit.example import Example
 from growkit.model import LazyWeights, Model
 from growkit.operator import GrowthOperator
-from growkit_specs import GrowkitError, InvalidTarget, Layer, LayerGraph, Stack, Tensor, UnsupportedFormat, UnsupportedModel
+from growkit_specs import (
+    GrowkitError,
+    InvalidTarget,
+    Layer,
+    LayerGraph,
+    Stack,
+    Tensor,
+    UnsupportedFormat,
+    UnsupportedModel,
+)
 from growkit_specs.layout import Leaf
 from growkit_torch.read import as_numpy, shared_names
 
@@ -76,7 +86,7 @@ class ExportedOrigin:
             if graph.sizes[space] != self.graph.sizes[space]:
                 raise InvalidTarget(
                     f"{space} cannot grow from {self.graph.sizes[space]} to {graph.sizes[space]}: the module makes "
-                    f"{name} by itself, which is neither a parameter nor a buffer in its state; ask for sizes that keep it"
+                    f"{name} by itself, which is not in its state; ask for {space}={self.graph.sizes[space]}"
                 )
         same = self.exported.graph.resized(graph.sizes, graph.depths)
         self.exported.adapter.resized(self.exported.origin, same, operator)
@@ -93,7 +103,24 @@ class ExportedOrigin:
             GrowkitError: Where nothing builds larger modules, or what was built does not take the tensors.
         """
         module = copy.deepcopy(self.module) if self.operator is None else self._larger(model.graph, state)
-        return module.to(dtype)
+        own = next(module.parameters()).dtype
+        return module.to(dtype) if self._runs(module, dtype) else module.to(own)
+
+    def _runs(self, module: Any, dtype: Any) -> bool:
+        """Whether a module runs in another type than its own; many make tensors of a type that they name."""
+        import torch
+
+        if dtype == next(self.module.parameters()).dtype:
+            return True
+        inputs = {
+            name: value.to(dtype) if value.is_floating_point() else value for name, value in self.example.inputs.items()
+        }
+        try:
+            with torch.no_grad():
+                module.to(dtype).eval()(**inputs)
+        except RuntimeError:
+            return False
+        return True
 
     def _larger(self, graph: LayerGraph, state: Mapping[str, Any]) -> Any:
         if self.example.build is None:
@@ -199,23 +226,31 @@ def refuse_directory(origin: ExportedOrigin, destination: Path) -> None:
         UnsupportedFormat: Always.
     """
     raise UnsupportedFormat(
-        f"{destination}: no library reads a directory of a {origin.class_name}; name a file OUT.onnx, or save the state "
-        "of large.to_torch()"
+        f"{destination}: no library reads a directory of a {origin.class_name}; name a file OUT.onnx, or save the "
+        "state of large.to_torch()"
     )
 
 
 def _read_as_onnx(example: Example) -> Model:
-    config = getattr(example.module, "config", None)
-    caches = getattr(config, "use_cache", None)
     try:
-        if caches:
-            config.use_cache = False  # keys and values of earlier tokens are no outputs of the model
-        return adapters()["onnx"].read(example)
+        with _without_cache(example.module):
+            return adapters()["onnx"].read(example)
     except (KeyError, ImportError) as error:
-        raise GrowkitError(f"a module is exported to ONNX for this, which takes growkit[onnx]; install it ({error})") from None
+        raise GrowkitError(f"a module is exported to ONNX for this; install growkit[onnx] ({error})") from None
+
+
+@contextmanager
+def _without_cache(module: Any) -> Iterator[None]:
+    """A module whose config asks for it keeps keys and values of earlier tokens, which are no outputs of the model."""
+    config = vars(module).get("config")
+    if config is None or not getattr(config, "use_cache", False):
+        yield
+        return
+    config.use_cache = False
+    try:
+        yield
     finally:
-        if caches:
-            config.use_cache = caches
+        config.use_cache = True
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -354,8 +389,8 @@ def _fill(module: Any, state: Mapping[str, Any], graph: LayerGraph) -> None:
     missing = next((key for key, _ in module.named_parameters() if key not in state), None)
     if missing is not None:
         raise GrowkitError(
-            f"the built {name} has {missing} {list(own[missing].shape)}, which the source has not; expected a module of "
-            f"{sizes}"
+            f"the built {name} has {missing} {list(own[missing].shape)}, for which the source has nothing of that shape; "
+            f"expected a module of {sizes}"
         )
     for alias, first in shared_names(own).items():
         if alias in layouts and first in layouts:
