@@ -379,7 +379,10 @@ class GrowthOperator:
 
     def _scaled(self, target: Tensor, W: Array) -> Array:
         (axis,) = target.parameter.parsed.axes
-        (space,) = spaces_of(axis)
+        spaces = list(spaces_of(axis))
+        if not spaces:
+            return W
+        (space,) = spaces
         expansion = self.expansion(space, target.parameter.bases, place(target))
         fill = 1.0 if self.fresh.anew else None
         if target.parameter.module == "layer_scale":

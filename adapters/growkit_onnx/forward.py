@@ -93,7 +93,9 @@ class GraphForward:
                 for tensor in self.model.graph.tensors()
             }
             self._executor = Executor(graph, device="cuda" if self.provider == _PROVIDERS["cuda"] else "cpu")
-        held = {holder: weights[name] for name, holders in self._holders.items() if name in weights for holder in holders}
+        held = {
+            holder: weights[name] for name, holders in self._holders.items() if name in weights for holder in holders
+        }
         known = self._executor.graph.initializers
         return self._executor(inputs, {name: tensor for name, tensor in held.items() if name in known})
 
@@ -120,7 +122,7 @@ def _line(error: BaseException) -> str:
 
 
 def random_inputs(model: Model, seed: int) -> Iterator[dict[str, np.ndarray]]:
-    """Inputs that exercise a model, at sizes that its axes were not inferred with: plain, padded, and a batch of one."""
+    """Inputs that exercise a model, at sizes that its axes were not inferred with: plain, padded, a batch of one."""
     origin: Origin = model.origin
     rng = np.random.default_rng(seed)
     longest = min([16, *(size // 2 for size in _table_sizes(origin) if size >= 8)])

@@ -68,7 +68,10 @@ class Origin:
         for space, size in graph.sizes.items():
             why = self.description.frozen.get(space)
             if size != self.description.graph.sizes[space] and why is not None:
-                raise InvalidTarget(f"{space} cannot grow from {self.description.graph.sizes[space]} to {size}: {why}")
+                old = self.description.graph.sizes[space]
+                raise InvalidTarget(
+                    f"{space} cannot grow from {old} to {size}: {why}; to leave it, ask for {space}={old}"
+                )
         self._refuse_caches(graph)
         grown = replace(self, target=graph, operator=operator)
         grown.surgery().resize()  # the integers are patched, or it is said why they cannot be
@@ -100,9 +103,17 @@ class Origin:
 
     def surgery(self) -> Surgery:
         """The surgery that makes the grown model's graph."""
-        assert self.target is not None and self.operator is not None
+        assert self.target is not None
+        assert self.operator is not None
         return Surgery(
-            self.model, self.normalised, self.scene, self.description, self.trial, self.operator, self.target, self.outputs
+            self.model,
+            self.normalised,
+            self.scene,
+            self.description,
+            self.trial,
+            self.operator,
+            self.target,
+            self.outputs,
         )
 
 

@@ -27,7 +27,7 @@ _DTYPES |= {"INT64": "int64", "INT32": "int32", "INT8": "int8", "UINT8": "uint8"
 
 Dimension = int | str
 Reading = Callable[[str, int, Dimension], object]
-"""Which dimensions are one: a key for a dimension of an input, given the input's name, the axis and what it is called."""
+"""Which dimensions are one: a key for a dimension, given its input's name, its axis and what it is called."""
 
 InputSizes = Mapping[tuple[str, int], int]
 """The size of every dynamic dimension, by the input's name and the axis."""
