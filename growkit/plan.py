@@ -355,7 +355,8 @@ class _Resolution:
         self.is_grouped = "kv_heads" in self.old
         if self.is_grouped:
             self.old["heads"] = self.old["kv_heads"] * self.old["group"]
-        self.old["layers"] = next(iter(source.depths.values()))
+        if source.depths:
+            self.old["layers"] = next(iter(source.depths.values()))
         self.follows = {
             key.removeprefix("follows:"): str(rule)
             for key, rule in source.attributes.items()
@@ -399,7 +400,7 @@ class _Resolution:
             )
         if "kv_heads" in self.asked and new["group"] != self.old["group"] and "heads" not in self.asked:
             raise InvalidTarget("kv_heads does not divide heads as before; name heads too")
-        depth_ratio = Fraction(new["layers"], self.old["layers"])
+        depth_ratio = Fraction(new.get("layers", 1), self.old.get("layers", 1))
         depths = {
             stack.name: stack.depth if stack.fixed else self.depth(stack.name, stack.depth, depth_ratio)
             for stack in self.source.stacks
@@ -414,7 +415,7 @@ class _Resolution:
 
     def resolve_heads(self, new: dict[str, int], ratio: Fraction) -> None:
         """head_dim stays, heads follow hidden in ratio, groups stay, unless they are named."""
-        if "head_dim" not in new:
+        if "head_dim" not in new or "heads" not in new:  # a single head is no axis
             return
         asked = self.asked
         if self.follows.get("head_dim") is not None:  # head_dim = hidden / heads is not the config's to choose
