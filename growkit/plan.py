@@ -325,7 +325,7 @@ def _with_ties(source: LayerGraph, operator: GrowthOperator) -> GrowthOperator:
 
 
 def _sizes_of(like: LayerGraph, source: LayerGraph) -> dict[str, int | str]:
-    sizes = {**like.sizes, "layers": next(iter(like.depths.values()))}
+    sizes = {**like.sizes, **({"layers": next(iter(like.depths.values()))} if like.depths else {})}
     if "kv_heads" in sizes:
         sizes["heads"] = sizes["kv_heads"] * sizes["group"]
     names = [
@@ -400,7 +400,7 @@ class _Resolution:
             )
         if "kv_heads" in self.asked and new["group"] != self.old["group"] and "heads" not in self.asked:
             raise InvalidTarget("kv_heads does not divide heads as before; name heads too")
-        depth_ratio = Fraction(new.get("layers", 1), self.old.get("layers", 1))
+        depth_ratio = Fraction(new["layers"], self.old["layers"]) if self.source.depths else Fraction(1)
         depths = {
             stack.name: stack.depth if stack.fixed else self.depth(stack.name, stack.depth, depth_ratio)
             for stack in self.source.stacks

@@ -94,6 +94,8 @@ class _Examination:
                 yield self.scores(size, target)
             elif self.graph.kinds[space] in ("pointwise", "scores"):
                 yield self.pointwise(space, expansion, change)
+            if self.graph.is_activated(space):
+                yield self.activated(space, expansion, change)
             if self.graph.kinds[space] == "fixed":
                 holds = _silent_or_copied(expansion, self.probes(size))
                 yield Reason(f"{space}: old entries stay", holds, f"{change}: the new entries come after the old ones")
@@ -227,6 +229,14 @@ class _Examination:
             else "units are mixed before their nonlinearity"
         )
         return Reason(f"{space}: units", holds, f"{change}: {detail}")
+
+    def activated(self, space: str, e: Expansion, change: str) -> Reason:
+        """E2 for a stream: what is written through an activation must be copies, whatever is read of it later."""
+        x = self.probes(e.write.shape[1])
+        grown = e.write.apply(x, 1)
+        holds = _close(e.write.apply(np.square(x) + x + 1, 1), np.square(grown) + grown + 1)
+        detail = "entries are copied" if holds else "new entries are no copies; only whole ratios copy all"
+        return Reason(f"{space}: written through an activation", holds, f"{change}: {detail}")
 
     def scores(self, d: int, D: int) -> Reason:
         """E6, E8: query-key products, and the scale the model divides them by."""

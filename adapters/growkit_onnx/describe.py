@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import permutations
 
 import onnx_ir as ir
 
@@ -22,7 +23,7 @@ from growkit_onnx.rules import CONTRIB, NONLINEAR
 from growkit_onnx.stream import Stream, residual_spaces
 from growkit_specs import Layer, LayerGraph, Layout, Parameter, Port, Space, Stack, UnsupportedModel
 from growkit_specs.layer_graph import LayerKind, SpaceKind
-from growkit_specs.layout import Axis, Concatenation, Fixed, Leaf, Product, concatenation, product
+from growkit_specs.layout import Axis, Concatenation, Fixed, Leaf, concatenation, product, spaces_of
 from growkit_specs.unification import ONE
 
 Factors = tuple[Axis, ...]
@@ -180,6 +181,7 @@ class _Describer:
         self.ties = ties
         self.where = where
         self.names = Names(scene)
+        self._unify_measured()
         self.norms = list(find_norms(scene))
         self.spaces = residual_spaces(scene)
         if not self.spaces:
@@ -199,6 +201,24 @@ class _Describer:
                     self.weights_of.setdefault(node, []).append((value, weight))
                     self.readers[weight.stored] = node
 
+    def _unify_measured(self) -> None:
+        """A copy of a table that is only asked for its size is what the copy that is read is."""
+        read: dict[str, ir.Value] = {}
+        measured: list[ir.Value] = []
+        for stored in self.scene.parts:
+            node = next(iter(stored.consumers()), None)
+            if node is not None and self.scene.is_only_measured(node.outputs[0]):
+                measured.append(stored)
+            else:
+                read.setdefault(self.origin(stored), stored)
+        for stored in measured:
+            for a, b in zip(self.scene.axes(stored), self.scene.axes(read.get(self.origin(stored), stored)), strict=True):
+                self.scene.unify(a, b)
+
+    def origin(self, stored: ir.Value) -> str:
+        """The name of the initializer that a stored weight is, or is a private copy of."""
+        return self.ties.get(str(stored.name), str(stored.name))
+
     def _obstacle(self) -> str:
         reasons = Counter(self.scene.unifier._frozen.values())
         unknown = [reason for reason in reasons if reason.startswith("the operator")]
@@ -215,11 +235,34 @@ class _Describer:
         inside = {node for blocks in stacks.values() for block in blocks.blocks for node in block.nodes}
         first = {name: self._drafts(blocks.blocks[0].nodes, blocks) for name, blocks in stacks.items()}
         outside = self._drafts([node for node in self.scene.graph if node not in inside], None)
+        for name, drafts in [*first.items(), (None, outside)]:
+            block = stacks[name].blocks[0] if name is not None else None
+            drafts += self._constants(block, [*first.values(), outside], stacks)
         return _Assembly(self, stacks, first, outside).description()
 
+    def _constants(
+        self, block: Block | None, drafts: Iterable[Sequence[Draft]], stacks: Mapping[str, Blocks]
+    ) -> list[Draft]:
+        """The numbers of a computation that have an entry for each unit of a space that can grow (slopes of heads)."""
+        known = {slot.stored for each in drafts for draft in each for slot in draft.slots}
+        in_blocks = {value for blocks in stacks.values() for each in blocks.blocks for value in each.weights}
+        among = block.weights if block is not None else [v for v in self.readers if v not in in_blocks]
+        slots = [
+            Slot(value, "constant", "", self.order[self.readers[value]])
+            for value in among
+            if value in self.readers and value not in known and self._lives_in_named(value)
+        ]
+        _number(slots)
+        return [Draft("constants", "embedding", slots, slots[0].position)] if slots else []
+
+    def _lives_in_named(self, value: ir.Value) -> bool:
+        named = (space for axis in self.scene.axes(value) for space in spaces_of(self.names.axis(axis)))
+        return any(space in self.names.sizes for space in named)
+
     def _named_stacks(self, found: Sequence[Blocks]) -> dict[str, Blocks]:
-        if len(found) == 2 and any(self._reads_from(found[1], found[0])):
-            return {"encoder": found[0], "decoder": found[1]}
+        for encoder, decoder in permutations(found) if len(found) == 2 else ():
+            if any(self._reads_from(decoder, encoder)):
+                return {"encoder": encoder, "decoder": decoder}
         return {"layers" if i == 0 else f"layers_{i + 1}": blocks for i, blocks in enumerate(found)}
 
     def _reads_from(self, later: Blocks, earlier: Blocks) -> Iterator[bool]:
@@ -364,7 +407,7 @@ class _Branch:
         self.members = members
         self.labels: dict[ir.Value, set[str]] = {}
         self.is_attention = False
-        self.rotary = False
+        self.repeated: set[str] = set()
 
     def drafts(self) -> list[Draft]:
         self._find_attention()
@@ -417,16 +460,15 @@ class _Branch:
         found = next((each for each in self.scene.attentions if each.node is node), None)
         if found is None:
             return
-        self._name_heads(found.heads, found.kv_heads, found.scores, found.values)
-        if (node.domain, node.op_type) == (CONTRIB, "Attention"):
-            for _, weight in self.d.weights_of.get(node, ()):
-                self.labels.setdefault(weight.stored, set()).update("qkv")
-            return
-        for label, value in zip("qkv", node.inputs, strict=False):
-            self._label(value, label)
+        if (node.domain, node.op_type) != (CONTRIB, "Attention"):
+            for label, value in zip("qkv", node.inputs, strict=False):
+                self._label(value, label)
         for _, weight in self.d.weights_of.get(node, ()):
-            if len(self.scene.axes(weight.stored)) == 1:
-                self.labels.setdefault(weight.stored, set()).update("qkv")
+            self.labels.setdefault(weight.stored, set()).update("qkv")
+        factors = self.scene.unifier.factors
+        own = set(factors(found.kv_heads))
+        self.repeated |= {leaf for f in factors(found.heads) if f not in own for leaf in self.scene.unifier.leaves(f)}
+        self._name_heads([found.heads], found.scores, found.values)
 
     def _spelled_out_attention(self, softmax: ir.Node) -> None:
         scores = self._scores(softmax)
@@ -438,8 +480,7 @@ class _Branch:
         self._label(k, "k")
         self._label(values, "v")
         contracted = self.scene.axes(q)[-1] if scores.op_type != "Einsum" else self._contracted(scores)
-        heads = self._heads(softmax)
-        self._name_heads(heads, self._kv_of(heads), contracted, self.scene.axes(values)[-1])
+        self._name_heads(self.scene.axes(softmax.outputs[0])[:-2], contracted, self.scene.axes(values)[-1])
 
     def _scores(self, softmax: ir.Node) -> ir.Node | None:
         """The product of two activations that a softmax is over."""
@@ -483,33 +524,39 @@ class _Branch:
         assert node.inputs[0] is not None
         return self.scene.axes(node.inputs[0])[first.index(letter)]
 
-    def _heads(self, softmax: ir.Node) -> Axis:
-        """The static axes of the scores that come before rows and columns."""
-        lead = self.scene.axes(softmax.outputs[0])[:-2]
-        factors = [f for axis in lead for f in self.scene.unifier.factors(axis) if not self.scene.is_dynamic(f)]
-        if len(lead) > 1 and not self.scene.is_dynamic(lead[0]) and lead[0] != ONE:
-            factors = [f for axis in lead[1:] for f in self.scene.unifier.factors(axis)]  # a batch that was baked in
-        return product(*(f for f in factors if f != ONE))
+    def _name_heads(self, lead: Sequence[Axis], scores: Axis, values: Axis) -> None:
+        """Name the head axes: of what stands before a score's rows and columns, what queries are made with.
 
-    def _kv_of(self, heads: Axis) -> Axis:
-        factors = self.scene.unifier.factors(heads)
-        return factors[0] if len(factors) > 1 else heads
-
-    def _name_heads(self, heads: Axis, kv_heads: Axis, scores: Axis, values: Axis) -> None:
+        Keys may have been repeated, for a group of queries each.
+        """
         self.is_attention = True
-        names, scene = self.d.names, self.scene
-        if scene.sizes(heads) == scene.sizes(kv_heads):
-            names.name(heads, "heads", "scores")
-        else:
-            factors = scene.unifier.factors(heads)
-            lead = len(scene.unifier.factors(kv_heads)) if kv_heads != ONE else 0
-            if lead:
-                names.name(kv_heads, "kv_heads", "scores")
-                names.name(product(*factors[lead:]), "group", "scores")
-            else:
-                names.name(heads, "heads", "scores")
+        names = self.d.names
+        factors = [f for axis in lead for f in self.scene.unifier.factors(axis) if f != ONE]
+        heads = self._made_with(factors, "q")
+        kv_heads = [factor for factor in heads if not self.repeated.issuperset(self.scene.unifier.leaves(factor))]
+        group = [factor for factor in heads if factor not in kv_heads]
+        if kv_heads and group:
+            names.name(product(*kv_heads), "kv_heads", "scores")
+            names.name(product(*group), "group", "scores")
+        elif heads:
+            names.name(product(*heads), "heads", "scores")
         names.name(scores, "head_dim", "scores")
         names.name(values, "head_dim", "scores", "v_head_dim")
+
+    def _made_with(self, factors: Sequence[Axis], label: str) -> list[Axis]:
+        """The factors that the weights behind a label write."""
+        written = {
+            leaf
+            for stored, labels in self.labels.items()
+            if label in labels
+            for axis in self.scene.axes(stored)
+            for leaf in self.scene.unifier.leaves(axis)
+        }
+        return [factor for factor in factors if written.issuperset(self.scene.unifier.leaves(factor))]
+
+    def _leaves(self, value: ir.Value | None) -> set[str]:
+        axes = self.scene.axes(value) if value is not None else ()
+        return {leaf for axis in axes for leaf in self.scene.unifier.leaves(axis)}
 
     def _label(self, value: ir.Value | None, label: str) -> None:
         """Mark the weights that a value is made of, back to the nearest projection."""
@@ -520,6 +567,8 @@ class _Branch:
             if node is None or node in seen or node not in self.inside:
                 continue
             seen.add(node)
+            if label == "k" and node.op_type in ("Expand", "Tile"):
+                self.repeated |= self._leaves(node.outputs[0]) - self._leaves(node.inputs[0])
             projects = False
             for _, weight in self.d.weights_of.get(node, ()):
                 self.labels.setdefault(weight.stored, set()).add(label)
@@ -598,7 +647,19 @@ class _Branch:
         _number(slots)
         draft = Draft(name, kind, slots, min(self.d.order[node] for node, _ in members), norm, attributes=attributes)
         draft.added_through = self._branch_norm(members)
+        if (bend := self._bend(members)) is not None:
+            attributes["output_activation"] = bend
         return draft
+
+    def _bend(self, members: Sequence[tuple[ir.Node, Weight]]) -> str | None:
+        """The activation that what is written goes through before it is the stream."""
+        for node, _ in members:
+            for out in node.outputs:
+                if self.d.stream.carries(out) and self.d.basis(out) not in self.d.main:
+                    for bending in self.d.stream.bent.get(self.d.basis(out), ()):
+                        if self.d.stream.carries(bending.outputs[0]):
+                            return bending.op_type
+        return None
 
     def _branch_norm(self, members: Sequence[tuple[ir.Node, Weight]]) -> Norm | None:
         """The norm that what is written goes through before it is added."""
@@ -659,9 +720,10 @@ class _Branch:
 
     def _is_stream_sized(self, node: ir.Node) -> bool:
         """Whether a table's rows are vectors that a factorised embedding maps into the stream."""
-        rows = self.scene.axes(node.outputs[0])[-1]
+        resolve = self.scene.unifier.resolve
+        rows = resolve(self.scene.axes(node.outputs[0])[-1])
         return any(
-            rows == self.scene.axes(weight.stored)[i]
+            rows == resolve(self.scene.axes(weight.stored)[i])
             for weights in self.d.weights_of.values()
             for _, weight in weights
             for i, parts in self.scene.parts.get(weight.stored, {}).items()
@@ -718,6 +780,7 @@ class _Assembly:
         self.stacks, self.first, self.outside = stacks, first, outside
         self.stored: dict[str, tuple[ir.Value, ...]] = {}
         self.slots: dict[str, ir.Value] = {}
+        self.by_origin: dict[str, list[Parameter]] = {}
         self.norms: dict[str, tuple[Norm, ...]] = {}
         self.norm_names: dict[int, str] = {}
         self.taken: set[str] = set()
@@ -735,7 +798,7 @@ class _Assembly:
         head = [d for d in self.outside if d not in stem]
         graph = LayerGraph(
             architecture="onnx",
-            stem=tuple(self._layer(d, None) for d in stem),
+            stem=self._layers(stem),
             stacks=tuple(
                 Stack(
                     name=name,
@@ -745,7 +808,7 @@ class _Assembly:
                 )
                 for name, blocks in self.stacks.items()
             ),
-            head=tuple(self._layer(d, None) for d in head),
+            head=self._layers(head),
             spaces=self._spaces(),
             inputs=tuple(self._inputs()),
             outputs=tuple(self._outputs()),
@@ -770,14 +833,28 @@ class _Assembly:
                 segments = factor.segments if isinstance(factor, Concatenation) else (factor,)
                 for segment in segments:
                     if self._is_open(segment):
-                        name, kind = self._inner_name(stack, draft, slot, role)
+                        name, kind = self._inner_name(stack, draft, slot, role, segment)
                         if name:
                             self.names.name(segment, name, kind)
 
     def _is_open(self, segment: Axis) -> bool:
         return isinstance(segment, Leaf) and isinstance(self.names.axis(segment), Fixed)
 
-    def _inner_name(self, stack: str | None, draft: Draft, slot: Slot, role: str) -> tuple[str, SpaceKind]:
+    def _is_output(self, slot: Slot) -> bool:
+        """Whether what a weight writes is an output of the model, or becomes one entry by entry."""
+        value = self.d.readers[slot.stored].outputs[0]
+        for _ in range(12):
+            if value.is_graph_output():
+                return True
+            users = value.consumers()
+            if not users or users[0].op_type in _PRODUCTS:
+                return False
+            value = users[0].outputs[0]
+        return False
+
+    def _inner_name(
+        self, stack: str | None, draft: Draft, slot: Slot, role: str, axis: Axis
+    ) -> tuple[str, SpaceKind]:
         if slot.module.startswith("word_embeddings") and role == "read":
             return "vocab", "fixed"
         if slot.module.startswith("token_type") and role == "read":
@@ -790,10 +867,12 @@ class _Assembly:
             return "embedding", "residual"
         if draft.kind == "mlp" and stack is not None:
             return "ffn", "pointwise"
-        if draft.kind == "head" and role == "write":
-            vocab = self.names.sizes.get("vocab")
-            size = self.scene.sizes(self.scene.axes(slot.stored)[-1])[0]
-            return ("vocab", "fixed") if size == vocab else ("labels", "fixed")
+        if stack is None and role == "write" and self._is_output(slot):
+            by_token = len(self.scene.axes(self.d.readers[slot.stored].outputs[0])) > 2
+            if by_token and self.scene.sizes(axis)[0] == self.names.sizes.get("vocab"):
+                return "vocab", "fixed"
+            if draft.kind != "pool":
+                return "labels", "fixed"
         if draft.kind == "pool" and role == "write":
             return "pooled", "pointwise"
         if draft.kind == "mlp" or (draft.kind == "linear" and role == "write"):
@@ -867,8 +946,13 @@ class _Assembly:
                             return slot.module[0]
         return ""
 
+    def _layers(self, drafts: Sequence[Draft]) -> tuple[Layer, ...]:
+        made = (self._layer(draft, None) for draft in drafts)
+        return tuple(layer for layer in made if layer.parameters)
+
     def _layer(self, draft: Draft, stack: str | None) -> Layer:
-        parameters = tuple(self._parameter(slot, draft, stack) for slot in draft.slots)
+        made = (self._parameter(slot, draft, stack) for slot in draft.slots)
+        parameters = tuple(parameter for parameter in made if parameter is not None)
         attributes = dict(draft.attributes)
         if draft.norm is not None:
             key = f"{stack}/{draft.name}" if stack else draft.name
@@ -901,7 +985,13 @@ class _Assembly:
 
     # --- parameters --------------------------------------------------------------------------------------------------
 
-    def _parameter(self, slot: Slot, draft: Draft, stack: str | None) -> Parameter:
+    def _parameter(self, slot: Slot, draft: Draft, stack: str | None) -> Parameter | None:
+        """The parameter of a slot; None where it is another use of one that is there."""
+        layout = self._layout(slot, draft)
+        twin = self._twin(slot, layout, stack)
+        if twin is not None and twin.parsed == layout:
+            self.stored[twin.name] += (slot.stored,)
+            return None
         values = (
             [slot.stored]
             if stack is None
@@ -918,9 +1008,23 @@ class _Assembly:
         self.slots[f"{stack or ''}/{draft.name}/{slot_name}"] = slot.stored
         dtype = slot.stored.dtype
         assert dtype is not None
-        return Parameter(
-            name=name, slot=slot_name, layout=str(self._layout(slot, draft)), dtype=dtype.numpy().name
+        parameter = Parameter(
+            name=name,
+            slot=slot_name,
+            layout=str(layout),
+            dtype=dtype.numpy().name,
+            tied_to=twin.name if twin is not None else None,
         )
+        if stack is None and twin is None:
+            self.by_origin.setdefault(self.d.origin(slot.stored), []).append(parameter)
+        return parameter
+
+    def _twin(self, slot: Slot, layout: Layout, stack: str | None) -> Parameter | None:
+        """The matrix outside of stacks that was the same tensor in the file, and whose axes are the same."""
+        if stack is not None or len(layout.axes) < 2:
+            return None
+        same = self.by_origin.get(self.d.origin(slot.stored), ())
+        return next((parameter for parameter in same if parameter.parsed.axes == layout.axes), None)
 
     def _norm_module(self, draft: Draft) -> str:
         """Norms over heads name the basis they stand in."""
@@ -945,7 +1049,7 @@ class _Assembly:
         return Layout(axes[:split], "->" if reads[0] else "<-", axes[split:])
 
     def _tensor_name(self, values: Sequence[ir.Value], stack: str | None, layer: str, slot: str, shared: bool) -> str:
-        names = [self.d.ties.get(str(value.name), str(value.name)) for value in values]
+        names = [self.d.origin(value) for value in values]
         if stack is None or shared:
             pattern = names[0] if not _is_anonymous(names[0]) else f"{layer}.{slot}"
         else:
@@ -960,7 +1064,7 @@ class _Assembly:
         if len(blocks.blocks) < 2:
             return False
         originals = [
-            [self.d.ties.get(str(value.name), str(value.name)) for value in block.weights if len(value.shape or ()) > 1]
+            [self.d.origin(value) for value in block.weights if len(value.shape or ()) > 1]
             for block in blocks.blocks
         ]
         return bool(originals[0]) and all(each == originals[0] for each in originals)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir as ir
 
+from growkit_onnx.operation import as_numpy
 from growkit_onnx.rules import CONTRIB, Axes, rule_of
 from growkit_specs.layout import Axis
 from growkit_specs.unification import ONE, Conflict, Sizes, Unifier
@@ -22,6 +23,15 @@ from growkit_specs.unification import ONE, Conflict, Sizes, Unifier
 Part = Literal["read", "write", "scale", "shift"]
 Run = Mapping[ir.Value, Any]
 """A trial run: every value's tensor; floats without data, integers real."""
+
+
+def same_in_all(runs: Sequence[Run], value: ir.Value | None) -> np.ndarray | None:
+    """The entries of a value that are the same in every run; None where they are not, or not known."""
+    if value is None or any(value not in run or run[value].is_meta for run in runs):
+        return None
+    found = [as_numpy(run[value]) for run in runs]
+    same = all(np.array_equal(each, found[0], equal_nan=each.dtype.kind == "f") for each in found)
+    return found[0] if same else None
 
 
 @dataclass(frozen=True)
@@ -111,6 +121,11 @@ class Scene:
         """Whether a value has no entries."""
         return any(0 in run[value].shape for run in self.runs)
 
+    def is_only_measured(self, value: ir.Value) -> bool:
+        """Whether nothing is asked of a value but its size."""
+        users = value.consumers()
+        return bool(users) and all(user.op_type in ("Shape", "Size") for user in users)
+
     def is_weight(self, value: ir.Value | None) -> bool:
         """Whether a value is a stored weight, or one whose entries were only moved."""
         return value in self._weights
@@ -121,11 +136,7 @@ class Scene:
 
     def constant(self, value: ir.Value | None) -> np.ndarray | None:
         """The entries of a value that are the same in every run; None where they are not, or not known."""
-        if value is None or any(run[value].is_meta for run in self.runs):
-            return None
-        found = [np.asarray(run[value]) for run in self.runs]
-        same = all(f.shape == found[0].shape and np.array_equal(f, found[0]) for f in found)
-        return found[0] if same else None
+        return same_in_all(self.runs, value)
 
     # --- equations ---------------------------------------------------------------------------------------------------
 
@@ -273,6 +284,13 @@ class Scene:
         if axes is None or len(axes) == 0:
             axes = () if node.attributes.get_int("noop_with_empty_axes", 0) else range(rank)
         return frozenset(axis % rank for axis in axes)
+
+    def added_scores(self, node: ir.Node) -> Iterator[ir.Value]:
+        """What a fused attention adds to its scores, ``[batch, heads, rows, columns]``."""
+        place = {("", "Attention"): 3, (CONTRIB, "GroupQueryAttention"): 10}.get((node.domain, node.op_type), 5)
+        value = node.inputs[place] if len(node.inputs) > place else None
+        if value is not None and len(self.axes(value)) == 4:
+            yield value
 
     def caches(self, node: ir.Node) -> Iterator[tuple[ir.Value, Literal["k", "v"]]]:
         """The past and present keys and values of a fused attention."""

@@ -29,7 +29,7 @@ them with one more suffix: ``"3:sum"`` or ``"3.clone1:sum"``.
 COPY = "growkit.copy"
 """The metadata key of a node that is a copy of another one: the name of that node's output."""
 
-LARGEST_CONSTANT = 64
+LARGEST_CONSTANT = 1
 """Entries up to which a Constant of floats is a number of the computation; beyond, it is a weight."""
 
 _MOVES = {

@@ -73,6 +73,12 @@ def as_torch(tensor: ir.TensorProtocol, where: str) -> Tensor:
     )
 
 
+def as_numpy(tensor: Tensor) -> np.ndarray:
+    """The numbers of a tensor; of bfloat16, which numpy lacks, as float32."""
+    array: np.ndarray = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return array
+
+
 def named(node: ir.Node) -> str:
     """How a message calls a node: its name, or what it computes, and its operator."""
     operator = f"{node.domain}.{node.op_type}" if node.domain else node.op_type

@@ -20,7 +20,7 @@ import torch
 
 from growkit_onnx.describe import Names
 from growkit_onnx.execute import Executor, run_node
-from growkit_onnx.infer import Scene
+from growkit_onnx.infer import Scene, same_in_all
 from growkit_onnx.operators import constant
 from growkit_onnx.rules import CONTRIB
 from growkit_specs import GrowkitError, InvalidTarget
@@ -128,11 +128,7 @@ class Resizing:
 
     def constant(self, value: ir.Value | None) -> np.ndarray | None:
         """The entries of a value that are the same in every run; None where they are not, or not known."""
-        if value is None or any(value not in run or run[value].is_meta for run in self.runs):
-            return None
-        found = [np.asarray(run[value]) for run in self.runs]
-        same = all(f.shape == found[0].shape and np.array_equal(f, found[0]) for f in found)
-        return found[0] if same else None
+        return same_in_all(self.runs, value)
 
     # --- running -----------------------------------------------------------------------------------------------------
 
@@ -350,7 +346,7 @@ def _slice(at: Resizing, node: ir.Node) -> None:
     starts, ends = {}, {}
     for axis, (start, step) in cuts.items():
         unifier = at.scene.unifier
-        if start is None or step < 0 or unifier.is_dynamic(axes[axis]) or at.size(axes[axis]) == unifier.sizes(axes[axis])[0]:
+        if 0 in unifier.sizes(given[axis]) or start is None or step < 0 or unifier.is_dynamic(axes[axis]) or at.size(axes[axis]) == unifier.sizes(axes[axis])[0]:
             continue
         if step > 1:
             starts[axis], ends[axis] = start, at.size(axes[axis])
@@ -388,6 +384,8 @@ def _gather(at: Resizing, node: ir.Node) -> None:
     axis = at.axes(data)[node.attributes.get_int("axis", 0)]
     chosen = at.constant(indices)
     if chosen is None or chosen.size != 1 or at.scene.is_weight(at.source(data)) or at.scene.unifier.is_dynamic(axis):
+        return
+    if at.scene.is_only_measured(at.source(node.outputs[0])):
         return
     old = int(chosen.reshape(-1)[0])
     size = at.scene.unifier.sizes(axis)[0]

@@ -196,15 +196,28 @@ def gather(scene: Scene, node: ir.Node) -> None:
         scene.unify(mine, other)
     scene.play(data, "write", read=[axis])
     chosen = scene.constant(indices)
-    if scene.is_weight(data) or chosen is None:
+    if scene.is_weight(data) or chosen is None or scene.is_only_measured(node.outputs[0]):
         return
     if chosen.size == 1:  # one entry of the axis: a slice of length 1
-        scene.part(axes[axis], int(chosen.reshape(-1)[0]), 1)
+        scene.part(axes[axis], int(chosen.reshape(-1)[0]) % scene.sizes(axes[axis])[0], 1)
     else:
         scene.freeze_axis(axes[axis], f"entries of it are picked by number ({node.name})")
 
 
-@rule("GatherElements", "ScatterElements", "ScatterND", "GatherND")
+@rule("GatherElements", "ScatterElements")
+def indexed_along(scene: Scene, node: ir.Node) -> None:
+    """One axis is addressed by number; along the others entries stay where they are."""
+    axes = scene.axes(node.outputs[0])
+    along = node.attributes.get_int("axis", 0) % len(axes)
+    for value in (*node.inputs, *node.outputs):
+        if value is not None:
+            scene.freeze_axis(scene.axes(value)[along], f"entries are addressed by number ({node.op_type} {node.name})")
+            for axis, (mine, other) in enumerate(zip(scene.axes(value), axes, strict=True)):
+                if axis != along and mine != ONE:
+                    scene.unify(mine, other)
+
+
+@rule("ScatterND", "GatherND")
 def indexed(scene: Scene, node: ir.Node) -> None:
     """Axes that are addressed by number stay as they are."""
     for value in (*node.inputs, *node.outputs):
@@ -226,6 +239,8 @@ def sliced(scene: Scene, node: ir.Node) -> None:
     for axis, (mine, other) in enumerate(zip(source, out, strict=True)):
         if axis not in cuts:
             scene.unify(mine, other)
+            continue
+        if 0 in scene.sizes(other):
             continue
         start, step = cuts[axis]
         if scene.sizes(mine) == scene.sizes(other) and step == 1:
@@ -376,8 +391,9 @@ def fused_attention(scene: Scene, node: ir.Node) -> None:
             if value is not None:
                 scene.unify(scene.axes(value)[2], heads)
                 scene.unify(scene.axes(value)[4], dims[2])
-    if len(rest) > 3 and rest[3] is not None and scene.axes(rest[3])[1] != ONE:
-        scene.unify(scene.axes(rest[3])[1], heads)
+    for value in scene.added_scores(node):
+        if scene.axes(value)[1] != ONE:
+            scene.unify(scene.axes(value)[1], heads)
     scene.attends(node, heads, heads, dims[0], dims[2])
 
 
@@ -423,6 +439,13 @@ def attention(scene: Scene, node: ir.Node) -> None:
         scene.unify(heads, product(kv_heads, group))
     else:
         scene.unify(heads, kv_heads)
+    if node.op_type == "MultiHeadAttention" and len(node.inputs) > 3 and (bias := node.inputs[3]) is not None:
+        parts = (product(heads, dqk), product(kv_heads, dqk), product(kv_heads, dv))
+        scene.unify(scene.axes(bias)[0], concatenation(*parts))
+        scene.play(bias, "write")
+    for value in scene.added_scores(node):
+        if scene.axes(value)[1] != ONE:
+            scene.unify(scene.axes(value)[1], heads)
     for value, dim in scene.caches(node):
         scene.unify(scene.axes(value)[1], kv_heads)
         scene.unify(scene.axes(value)[3], dqk if dim == "k" else dv)

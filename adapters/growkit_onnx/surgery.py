@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Literal
@@ -63,6 +64,11 @@ class Surgery:
         self._new = same
         nodes = dict(zip(source.graph, self.graph, strict=True))
         self.copies: dict[ir.Value, ir.Value] = {new: old for old, new in same.items()}
+        self._tied: dict[str, list[str]] = defaultdict(list)
+        for _, layer in target.walk():
+            for parameter in layer.parameters:
+                if parameter.tied_to is not None:
+                    self._tied[parameter.tied_to].append(parameter.name)
         self.stacks: dict[str, Blocks] = {}
         for name, blocks in description.stacks.items():
             mine = _translated(blocks, same, nodes)
@@ -110,7 +116,8 @@ class Surgery:
         """The initializers of the new graph that hold a tensor."""
         stored = self.description.slots[tensor.key]
         if tensor.stack is None:
-            return [self._new[value] for value in self.description.stored[tensor.name]]
+            names = [tensor.name, *self._tied[tensor.name]]
+            return [self._new[value] for name in names for value in self.description.stored[name]]
         place = self.description.stacks[tensor.stack].blocks[0].weights.index(stored)
         blocks = self.stacks[tensor.stack].blocks
         return [blocks[layer].weights[place] for layer in self.target.layers_of(tensor) if layer is not None]

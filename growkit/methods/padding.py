@@ -25,7 +25,9 @@ def _lossless(growth: SpaceGrowth) -> Expansions:
         return silent(growth)
     laid_bare = growth.keep_epsilon and (growth.is_written_on or growth.is_read_raw)
     tiles = growth.is_whole and (
-        laid_bare or (growth.is_layer_norm and (growth.kind != "residual" or growth.writes_stream))
+        laid_bare
+        or growth.is_activated
+        or (growth.is_layer_norm and (growth.kind != "residual" or growth.writes_stream))
     )
     return filled(growth, copies=_whole_copies(growth) if tiles else 1)
 

@@ -73,6 +73,11 @@ class SpaceGrowth:
         return any(norm.writes_stream for norm in self.norms)
 
     @property
+    def is_activated(self) -> bool:
+        """Whether something is written into this space through an activation."""
+        return self.graph.is_activated(self.space)
+
+    @property
     def is_layer_norm(self) -> bool:
         """Whether a LayerNorm, which also takes out the mean, stands over this space."""
         return any(norm.attributes.get("norm") == "layer" for norm in self.norms)

@@ -110,7 +110,8 @@ class Layer(Spec):
         attributes: Facts of the computation: ``norm`` (``rms`` or ``layer``), ``position`` (``pre``: the output goes
             to readers; ``post``: the output is the stream; ``branch``: the output is added to the stream), ``epsilon``,
             ``offset`` (what a norm adds to its stored scale), ``hidden_power`` (the power of the size of ``hidden``
-            that multiplies what the layer writes into it, or reads of it), ``activation``, ``rope``, ``causal``, ...
+            that multiplies what the layer writes into it, or reads of it), ``activation``, ``output_activation`` (what the output goes through before it
+            is written), ``rope``, ``causal``, ...
     """
 
     name: str
@@ -310,6 +311,10 @@ class LayerGraph(Spec):
             for _, layer in self.walk()
             if layer.kind == "norm" and any(space in p.parsed.spaces for p in layer.parameters)
         )
+
+    def is_activated(self, space: str) -> bool:
+        """Whether a layer's output goes through an activation before it is written into ``space``."""
+        return any(space in layer.writes and layer.attributes.get("output_activation") for _, layer in self.walk())
 
     def writer_keys(self, stack: Stack) -> list[str]:
         """The keys of a stack's slots that write into the stream: a branch's last map, or the norm after it.

@@ -6,7 +6,6 @@ import importlib.metadata
 import io
 import logging
 import os
-import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -74,7 +73,8 @@ def _key(file: "File") -> str:
     family = FAMILIES[file.family]
     recipe = (file.family, file.exporter, file.opset, file.attention, file.post, file.variant)
     parts = [repr(recipe), family.record, *map(importlib.metadata.version, PACKAGES)]
-    parts += [(Path(__file__).with_name(name)).read_text() for name in ("exports.py", "families.py", "handmade.py")]
+    code = ("families.py", "handmade.py" if file.exporter == "hand" else "exports.py")
+    parts += [Path(__file__).with_name(name).read_text() for name in code]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
@@ -218,8 +218,3 @@ OPTIMISERS: dict[str, Callable[[Path, Path, "File"], None]] = {
     "onnxslim": _onnxslim,
     "onnxsim": _onnxsim,
 }
-
-
-def clear(folder: Path | None = None) -> None:
-    """Deletes every made file."""
-    shutil.rmtree(folder or _cache(), ignore_errors=True)

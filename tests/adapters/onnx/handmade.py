@@ -35,9 +35,9 @@ class Builder:
         self.nodes.append(helper.make_node(kind, inputs, outputs, name, domain="".join(domain), **attributes))
         return outputs[0]
 
-    def constant(self, name: str, array: np.ndarray | torch.Tensor) -> str:
+    def constant(self, name: str, array: np.ndarray) -> str:
         """Adds an initializer."""
-        self.initializers.append(numpy_helper.from_array(np.ascontiguousarray(np.asarray(array)), name))
+        self.initializers.append(numpy_helper.from_array(np.asarray(array, order="C"), name))
         return name
 
 
@@ -76,7 +76,7 @@ def generator(family: Family, path: Path) -> None:
     """
     stack, rotates = family.stacks[0], "position_ids" not in family.inputs.axes
     model: Any = family.build("eager").model
-    weights = {name: value.detach() for name, value in model.state_dict().items()}
+    weights = {name: value.detach().numpy() for name, value in model.state_dict().items()}
     build = Builder()
 
     def linear(value: str, name: str) -> str:
@@ -89,7 +89,7 @@ def generator(family: Family, path: Path) -> None:
     )
     total = build.node("Cast", total, to=TensorProto.INT32)
     angles = torch.outer(torch.arange(model.config.max_position_embeddings).float(), model.model.rotary_emb.inv_freq)
-    tables = (build.constant("cos_cache", angles.cos()), build.constant("sin_cache", angles.sin()))
+    tables = (build.constant("cos_cache", angles.cos().numpy()), build.constant("sin_cache", angles.sin().numpy()))
     epsilon = model.config.rms_norm_eps
 
     def rotated(value: str, heads: int) -> str:
@@ -171,7 +171,7 @@ def _generation(family: Family, filename: str) -> dict[str, Any]:
 def functions(family: Family, path: Path) -> None:
     """A decoder whose every block is a function of the model, which calls another one for its ffn."""
     model: Any = family.build("eager").model
-    weights = {name: value.detach() for name, value in model.state_dict().items()}
+    weights = {name: value.detach().numpy() for name, value in model.state_dict().items()}
     build, made = Builder(), []
     for layer in range(family.stacks[0].layers):
         made += [_ffn_function(f"ffn_{layer}"), _block_function(f"block_{layer}", f"ffn_{layer}", family)]
