@@ -415,7 +415,7 @@ class _Resolution:
 
     def resolve_heads(self, new: dict[str, int], ratio: Fraction) -> None:
         """head_dim stays, heads follow hidden in ratio, groups stay, unless they are named."""
-        if "head_dim" not in new:
+        if "head_dim" not in new or "heads" not in new:  # a single head is no axis
             return
         asked = self.asked
         if self.follows.get("head_dim") is not None:  # head_dim = hidden / heads is not the config's to choose

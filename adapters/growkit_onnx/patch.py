@@ -271,7 +271,7 @@ class Resizing:
         """One entry of a shape: a number, or what it was times a fraction."""
         if len(set(wanted)) == 1:
             return wanted[0]
-        if set(old) <= {0} or set(old) <= {-1}:
+        if set(old) in ({0}, {-1}, {1}):  # the size of the input's own axis
             return old[0]
         ratios = {Fraction(w, o) for w, o in zip(wanted, old, strict=True) if o}
         if len(ratios) != 1:
