@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from growkit.example import Build, Example
 from growkit.matrices import Array
 from growkit.model import Model
 from growkit.operator import GrowthOperator
@@ -106,12 +107,15 @@ def adapter_for(source: Any) -> Adapter:
     raise UnsupportedModel(f"an object of type {type(source).__name__} is no model that an installed adapter reads")
 
 
-def read(source: Any) -> Model:
+def read(source: Any, *, example_inputs: Any = None, build: Build | None = None) -> Model:
     """Read a model.
 
     Args:
-        source: A model directory, an ``nn.Module`` of a known architecture, an ``.onnx`` file, or an
-            ``onnx.ModelProto``.
+        source: A model directory, an ``nn.Module``, an ``.onnx`` file, or an ``onnx.ModelProto``.
+        example_inputs: Inputs that a module runs on, where no architecture file knows it: a tensor, several in the
+            order of ``forward``, or tensors by name; batch first. What its axes mean is then inferred.
+        build: Makes such a module at the sizes and depths of a layer graph, where the larger one is to be run:
+            ``lambda graph: Mine(width=graph.sizes["hidden"], depth=graph.depths["layers"])``.
 
     Returns:
         The model; its weights are loaded when they are asked for.
@@ -119,6 +123,10 @@ def read(source: Any) -> Model:
     Raises:
         GrowkitError: Where it cannot be read; one line says what is wrong, and where.
     """
+    if example_inputs is not None:
+        source = Example.of(source, example_inputs, build)
+    elif build is not None:
+        raise GrowkitError("build makes modules that were read with example_inputs; give these too")
     return adapter_for(source).read(Path(source) if isinstance(source, str) else source)
 
 

@@ -29,7 +29,7 @@ class OnnxAdapter:
         return onnx is not None and isinstance(source, onnx.ModelProto)
 
     def read(self, source: Any) -> Model:
-        """The layer graph, inferred from the file's own graph, and lazy weights."""
+        """The layer graph, inferred from the file's own graph, and lazy weights; a torch example is exported first."""
         from growkit_onnx.read import read_model
 
         return read_model(self, source)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ import onnx
 import onnx_ir as ir
 
 from growkit.adapters import Adapter
+from growkit.example import Example
 from growkit.model import Growth, LazyWeights, Model
 from growkit.operator import GrowthOperator
 from growkit_onnx.describe import Description, describe
@@ -20,7 +22,7 @@ from growkit_onnx.infer import Scene
 from growkit_onnx.normalise import Normalised, normalise
 from growkit_onnx.surgery import OutputPolicy, Surgery
 from growkit_onnx.trial import Trial, trial
-from growkit_specs import GrowkitError, InvalidTarget, LayerGraph
+from growkit_specs import GrowkitError, InvalidTarget, LayerGraph, UnsupportedModel
 from growkit_specs.layout import spaces_of
 
 OPERATOR = ".growkit_operator.safetensors"
@@ -118,16 +120,32 @@ class Origin:
 
 
 def read_model(adapter: Adapter, source: Any) -> Model:
-    """Read an ONNX file or an ``onnx.ModelProto``.
+    """Read an ONNX file, an ``onnx.ModelProto``, or a torch module beside inputs it runs on, which is exported.
 
     Raises:
         GrowkitError: Where it is malformed, or nothing in it can grow; one line says what stands in the way.
     """
-    path = source if isinstance(source, Path) else None
+    if isinstance(source, Example):
+        return _read_example(adapter, source)
+    if isinstance(source, Path):
+        return _read(adapter, partial(load, source), source)
+    return _read(adapter, partial(from_proto, source))
 
-    def loaded() -> ir.Model:
-        return load(path) if path is not None else from_proto(source)
 
+def _read_example(adapter: Adapter, example: Example) -> Model:
+    """The model of a module; one that computes with the number of its rows may run at the example's sizes only."""
+    from growkit_onnx.export import export
+
+    try:
+        return _read(adapter, export(example).clone)
+    except UnsupportedModel as error:
+        try:
+            return _read(adapter, export(example, fixed=True).clone)
+        except UnsupportedModel:
+            raise error from None
+
+
+def _read(adapter: Adapter, loaded: Callable[[], ir.Model], path: Path | None = None) -> Model:
     where = str(path) if path is not None else "the model"
     model = loaded()
     normalised = normalise(model)

@@ -10,6 +10,7 @@ from growkit.model import Model
 from growkit.staging import staged_files
 from growkit_onnx.files import sidecar, write_file
 from growkit_onnx.read import Origin, build, operator_beside, read_model
+from growkit_specs import UnsupportedFormat
 
 
 def write_model(
@@ -33,6 +34,8 @@ def write_model(
     Raises:
         GrowkitError: Where it cannot be written; nothing is left behind.
     """
+    if destination.suffix != ".onnx":
+        raise UnsupportedFormat(f"{destination}: what came from an ONNX file is written as one; name a file OUT.onnx")
     beside = [sidecar(destination).name, operator_beside(destination).name]
     with staged_files(destination, model.bytes, beside=beside) as folder:
         path = folder / destination.name

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from growkit.adapters import Forward
+from growkit.example import Example
 from growkit.model import Model
 from growkit.operator import GrowthOperator
-from growkit.verify import generated_inputs
 from growkit_specs import LayerGraph
 
 
@@ -27,12 +27,16 @@ class TorchAdapter:
             path = Path(source)
             return (path / "config.json").is_file() or (path.suffix == ".json" and path.is_file())
         torch = sys.modules.get("torch")
-        return torch is not None and isinstance(source, torch.nn.Module)
+        module = source.module if isinstance(source, Example) else source
+        return torch is not None and isinstance(module, torch.nn.Module)
 
     def read(self, source: Any) -> Model:
-        """The layer graph and lazy weights of a directory or module."""
+        """The layer graph and lazy weights of a directory, a module, or a module of any kind beside example inputs."""
+        from growkit_torch.exported import read_example
         from growkit_torch.read import read_directory, read_module
 
+        if isinstance(source, Example):
+            return read_example(self, source)
         return read_directory(self, source) if isinstance(source, Path) else read_module(self, source)
 
     def graph_like(self, source: Any) -> LayerGraph:
@@ -53,9 +57,15 @@ class TorchAdapter:
         progress: Callable[[int], None],
         check: Callable[[Model], None],
     ) -> None:
-        """Write a model directory in the form of ``like``."""
+        """Write a model directory in the form of ``like``, or an ONNX file where ``destination`` is called so."""
+        from growkit_torch.exported import ExportedOrigin, refuse_directory, write_onnx
         from growkit_torch.write import write_directory
 
+        if destination.suffix == ".onnx":
+            write_onnx(model, destination, progress, check)
+            return
+        if isinstance(like, ExportedOrigin):
+            refuse_directory(like, destination)
         write_directory(self, model, like, destination, progress, check)
 
     def build(self, model: Model) -> Any:
@@ -71,8 +81,8 @@ class TorchAdapter:
         return ModuleForward(model, device)
 
     def inputs(self, model: Model, seed: int) -> Iterator[dict[str, np.ndarray]]:
-        """Inputs made from the graph's ports."""
-        return generated_inputs(model.graph, seed)
+        """Inputs that exercise a model."""
+        return model.origin.inputs(model.graph, seed)
 
 
 __all__ = ["TorchAdapter"]

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from growkit.example import named_outputs
 from growkit.matrices import Array
 from growkit.model import Model
 from growkit_specs import GrowkitError, LayerGraph
-from growkit_torch.libraries import library_of
 from growkit_torch.read import as_numpy, as_torch
 
 
@@ -29,7 +29,7 @@ def build(model: Model, dtype: Any = None) -> Any:
 
     dtype = dtype or getattr(torch, next(iter(model.graph.tensors())).parameter.dtype)
     state = {name: as_torch(np.asarray(array)) for name, array in model.weights.items()}
-    return library_of(model.origin).build(model, state, dtype).eval()
+    return model.origin.library.build(model, state, dtype).eval()
 
 
 def _norms_in_float64(module: Any, graph: LayerGraph) -> None:
@@ -48,7 +48,8 @@ def _norms_in_float64(module: Any, graph: LayerGraph) -> None:
 
     for norm in module.modules():
         epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-        if epsilon is not None and not isinstance(norm, torch.nn.LayerNorm):
+        own = type(norm).__module__.startswith("transformers.") and not isinstance(norm, torch.nn.LayerNorm)
+        if epsilon is not None and own:
             norm.forward = partial(forward, norm, epsilon)
 
 
@@ -113,15 +114,7 @@ class ModuleForward:
         if weights is not None:
             with _by_default(dtype):
                 outputs = torch.func.functional_call(self.module, dict(weights), (), given)
-            return _tensors(outputs)
+            return named_outputs(outputs)
         with torch.no_grad(), _by_default(dtype):
             outputs = self.module(**given)
-        return {name: as_numpy(value) for name, value in _tensors(outputs).items()}
-
-
-def _tensors(outputs: Any) -> dict[str, Any]:
-    """A module's outputs by name; a single tensor is called ``output``."""
-    import torch
-
-    named = {"output": outputs} if torch.is_tensor(outputs) else outputs
-    return {name: value for name, value in named.items() if torch.is_tensor(value)}
+        return {name: as_numpy(value) for name, value in named_outputs(outputs).items()}

@@ -223,12 +223,15 @@ def introspected(module: Any) -> Described:
     for library in LIBRARIES.values():
         if library.made(module):
             return library.introspected(module)
-    raise UnsupportedModel(f"the module {type(module).__name__} is of none of the libraries {', '.join(LIBRARIES)}")
+    raise UnsupportedModel(
+        f"the module {type(module).__name__} is of none of the libraries {', '.join(LIBRARIES)}; give growkit.read "
+        "example_inputs, and what its axes mean is inferred"
+    )
 
 
-def library_of(origin: Origin) -> Library:
-    """The library of a model."""
-    return LIBRARIES[origin.architecture.library]
+def library_named(name: str) -> Library:
+    """The library that an architecture file names."""
+    return LIBRARIES[name]
 
 
 def _timm(why: str) -> Any:

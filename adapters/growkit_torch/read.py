@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from growkit.model import Growth, LazyWeights, Model
 from growkit.operator import GrowthOperator
 from growkit_specs import Architecture, InvalidModel, LayerGraph, Recipe, Tensor, UnsupportedModel
 from growkit_specs.layout import axis_size, spaces_of
-from growkit_torch.libraries import described, introspected
+from growkit.verify import generated_inputs
+from growkit_torch.libraries import Library, described, introspected, library_named
 from growkit_torch.safetensors_file import StoredTensor, read_header
 
 INDEX = "model.safetensors.index.json"
@@ -44,6 +45,15 @@ class Origin:
     path: Path | None = None
     module: Any = None
     document: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def library(self) -> Library:
+        """The library of its class."""
+        return library_named(self.architecture.library)
+
+    def inputs(self, graph: LayerGraph, seed: int) -> Iterator[dict[str, np.ndarray]]:
+        """Inputs made from the graph's ports."""
+        return generated_inputs(graph, seed)
 
     def resized(self, graph: LayerGraph, operator: GrowthOperator) -> Origin:
         """The origin of what an operator makes of this model: the same, with its config grown.
@@ -91,7 +101,7 @@ def read_module(adapter: Adapter, module: Any) -> Model:
     """Read a module of a known architecture; its tensors are seen as numpy arrays that share their memory."""
     told = introspected(module)
     state = module.state_dict()
-    tied = _shared_names(state)
+    tied = shared_names(state)
     shapes = {n: (tuple(t.shape), _numpy_dtype(t)) for n, t in state.items()}
     class_name = str(told.class_name)
     graph, names = _fitted_graph(told.architecture, told.config, class_name, shapes, class_name, frozenset(tied))
@@ -230,7 +240,7 @@ def _numpy_dtype(tensor: Any) -> np.dtype[Any]:
     return as_numpy(tensor[:0] if tensor.ndim else tensor).dtype
 
 
-def _shared_names(state: Mapping[str, Any]) -> dict[str, str]:
+def shared_names(state: Mapping[str, Any]) -> dict[str, str]:
     """Names that share their memory with an earlier name: what the module ties."""
     first: dict[tuple[int, int, tuple[int, ...]], str] = {}
     shared = {}

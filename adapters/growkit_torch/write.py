@@ -18,7 +18,6 @@ from growkit.model import Model
 from growkit.staging import staged_directory
 from growkit.weights import dtype_of
 from growkit_specs import LayerGraph, Recipe, Tensor
-from growkit_torch.libraries import library_of
 from growkit_torch.read import INDEX, OPERATOR, RECIPE, SINGLE, Origin, read_directory
 from growkit_torch.safetensors_file import write_file
 
@@ -57,7 +56,7 @@ def write_directory(
     with staged_directory(destination, model.bytes) as folder:
         if like.path is not None:
             _carry_over(like.path, folder, model.graph)
-        _write_json(folder / "config.json", library_of(like).document(like, model.graph))
+        _write_json(folder / "config.json", like.library.document(like, model.graph))
         _write_weights(folder, model, like, progress)
         if model.growth is not None:
             model.growth.operator.save(folder / OPERATOR)

@@ -89,6 +89,8 @@ BASES: dict[str, tuple[str, ...]] = {
     "k_proj": ("k",),
     "v_proj": ("v",),
     "o_proj": ("v",),
+    "qk_proj": ("q", "k"),
+    "kv_proj": ("k", "v"),
     "qkv_proj": ("q", "k", "v"),
     "q_norm": ("q",),
     "k_norm": ("k",),
