@@ -11,8 +11,7 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import onnx
 import onnx_ir as ir
@@ -24,6 +23,7 @@ from growkit_specs import UnsupportedModel
 
 OPSET = 18
 """The version of the operator set that files are exported to: the first that both exporters write."""
+
 
 def export(example: Example, *, fixed: bool = False) -> ir.Model:
     """The ONNX model of a module.

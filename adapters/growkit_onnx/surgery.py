@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -21,9 +20,8 @@ from growkit_onnx.patch import Resizing
 from growkit_onnx.trial import Trial
 from growkit_specs import LayerGraph, Tensor
 from growkit_specs.layout import Axis, spaces_of
+from growkit_specs.recipe import OutputPolicy
 from growkit_specs.unification import ONE
-
-OutputPolicy = Literal["project", "grow"]
 
 Copies = Mapping[ir.Value, ir.Value]
 """For each value of the new graph the value of the source that it is, or is a copy of."""

@@ -20,7 +20,16 @@ from growkit.adapters import Adapter, adapters
 from growkit.example import Example
 from growkit.model import LazyWeights, Model
 from growkit.operator import GrowthOperator
-from growkit_specs import GrowkitError, InvalidTarget, Layer, LayerGraph, Stack, Tensor, UnsupportedFormat, UnsupportedModel
+from growkit_specs import (
+    GrowkitError,
+    InvalidTarget,
+    Layer,
+    LayerGraph,
+    Stack,
+    Tensor,
+    UnsupportedFormat,
+    UnsupportedModel,
+)
 from growkit_specs.layout import Leaf
 from growkit_torch.read import as_numpy, shared_names
 
@@ -212,7 +221,9 @@ def _read_as_onnx(example: Example) -> Model:
             config.use_cache = False  # keys and values of earlier tokens are no outputs of the model
         return adapters()["onnx"].read(example)
     except (KeyError, ImportError) as error:
-        raise GrowkitError(f"a module is exported to ONNX for this, which takes growkit[onnx]; install it ({error})") from None
+        raise GrowkitError(
+            f"a module is exported to ONNX for this, which takes growkit[onnx]; install it ({error})"
+        ) from None
     finally:
         if caches:
             config.use_cache = caches

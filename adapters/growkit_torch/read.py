@@ -13,9 +13,9 @@ import numpy as np
 from growkit.adapters import Adapter
 from growkit.model import Growth, LazyWeights, Model
 from growkit.operator import GrowthOperator
+from growkit.verify import generated_inputs
 from growkit_specs import Architecture, InvalidModel, LayerGraph, Recipe, Tensor, UnsupportedModel
 from growkit_specs.layout import axis_size, spaces_of
-from growkit.verify import generated_inputs
 from growkit_torch.libraries import Library, described, introspected, library_named
 from growkit_torch.safetensors_file import StoredTensor, read_header
 
