@@ -13,10 +13,14 @@ from growkit.example import Build, Example
 from growkit.matrices import Array
 from growkit.model import Model
 from growkit.operator import GrowthOperator
-from growkit_specs import GrowkitError, LayerGraph, UnsupportedModel
+from growkit_specs import GrowkitError, LayerGraph, Signature, UnsupportedModel
 
 Forward = Callable[..., Mapping[str, Array]]
-"""Runs a model: ``forward(inputs, weights=None)`` gives its outputs by name, differentiable in ``weights``."""
+"""Runs a model: ``forward(inputs, weights=None)`` gives its outputs by name, differentiable in ``weights``.
+
+One that computes in no wider type than the weights are stored in has an attribute ``rounding``: how far the outputs of
+two models that compute the same may be apart then, relative to the largest.
+"""
 
 
 class Adapter(Protocol):
@@ -37,11 +41,19 @@ class Adapter(Protocol):
     def graph_like(self, source: Any) -> LayerGraph:
         """The layer graph of a config or model whose weights are not needed."""
 
-    def resized(self, origin: Any, graph: LayerGraph, operator: GrowthOperator) -> Any:
-        """The origin of what ``operator`` makes of the model that came from ``origin``.
+    def resized(
+        self, origin: Any, graph: LayerGraph, operator: GrowthOperator, signature: Signature
+    ) -> tuple[LayerGraph, Any]:
+        """The graph, with the inputs and outputs that the format gives it, and the origin of a grown model.
+
+        Args:
+            origin: The source's origin.
+            graph: The grown model's graph.
+            operator: What grows it.
+            signature: What is to become of inputs and outputs.
 
         Raises:
-            InvalidTarget: Where the format cannot express ``graph``'s sizes.
+            InvalidTarget: Where the format cannot express ``graph``'s sizes or element types, or the signature.
         """
 
     def write(
@@ -71,8 +83,8 @@ class Adapter(Protocol):
     def forward(self, model: Model, device: str = "auto") -> Forward:
         """A function that runs the model on ``device``: ``cpu``, ``cuda``, or ``auto`` for a GPU where there is one."""
 
-    def inputs(self, model: Model, seed: int) -> Iterator[dict[str, np.ndarray]]:
-        """Inputs that exercise the model: plain, padded, and at several sizes."""
+    def inputs(self, model: Model, seed: int, forward: Forward) -> Iterator[dict[str, np.ndarray]]:
+        """Inputs that exercise the model and that ``forward`` runs it on: plain, padded, and at several sizes."""
 
 
 @cache

@@ -26,7 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model directory.")]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model directory, or an .onnx file.")]
 To = Annotated[
     str,
     typer.Option("--to", metavar="SIZES", help="Sizes, absolute or relative: hidden=768,layers=1.5x. "
@@ -56,9 +56,19 @@ ResidualScale = Annotated[
 ScoreScale = Annotated[
     float | None, typer.Option("--score-scale", help="A factor on the attention scores of repeated layers.")
 ]
+Outputs = Annotated[
+    str | None,
+    typer.Option("--outputs", metavar="project|grow", help="Outputs of a space that grows: brought back to their size "
+                 "(ONNX's default), or grown (PyTorch's)."),
+]  # fmt: skip
+KvCache = Annotated[
+    str | None,
+    typer.Option("--kv-cache", metavar="grow|refuse", help="Cached keys and values among an ONNX file's inputs: grow "
+                 "them (the default), or refuse to."),
+]  # fmt: skip
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="keep, float32, float16 or bfloat16.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="keep, float32, float16 or bfloat16; ONNX files keep theirs.")]
 Device = Annotated[str, typer.Option("--device", help="Where the check runs: auto, cpu or cuda.")]
 Check = Annotated[bool, typer.Option("--check", help="Verify what was written before it is put in place.")]
 
@@ -122,6 +132,7 @@ def inspect(model: ModelArgument, as_json: Json = False) -> None:
         "bytes": read.bytes,
         "spaces": read.graph.sizes,
         "stacks": read.graph.depths,
+        "frozen": {space.name: space.frozen for space in read.graph.spaces if space.frozen},
     }
     if as_json:
         print(json.dumps({**facts, "tensors": tensors}))
@@ -131,7 +142,10 @@ def inspect(model: ModelArgument, as_json: Json = False) -> None:
         if t.layer in (None, 0):
             tied = f" (tied to {t.parameter.tied_to})" if t.parameter.tied_to else ""
             table.add_row(t.parameter.slot, t.parameter.layout, " x ".join(map(str, t.shape)), t.parameter.name + tied)
-    _print_facts({k: _spelled(v) for k, v in facts.items()})
+    frozen = facts.pop("frozen")
+    _print_facts({k: _spelled(v) for k, v in facts.items() if v is not None})
+    for space, why in frozen.items():
+        _print_facts({"cannot grow": f"{space}: {why}"})
     _console().print(table)
 
 
@@ -146,13 +160,16 @@ def plan(
     layers_from: LayersFrom = None,
     residual_scale: ResidualScale = None,
     score_scale: ScoreScale = None,
+    outputs: Outputs = None,
+    kv_cache: KvCache = None,
     as_json: Json = False,
 ) -> None:
     """Tell what a growth would do, and whether it keeps the function, before any weight is touched."""
     import growkit
 
     told = {"layers_from": layers_from, "residual_scale": residual_scale, "score_scale": score_scale}
-    made = _planned(growkit.read(model), to, like, method=method, seed=seed, fresh=fresh, **told)
+    signature = {"outputs": outputs, "kv_cache": kv_cache}
+    made = _planned(growkit.read(model), to, like, method=method, seed=seed, fresh=fresh, **told, **signature)
     if as_json:
         print(json.dumps(made.to_json()))
     else:
@@ -174,6 +191,8 @@ def grow(
     layers_from: LayersFrom = None,
     residual_scale: ResidualScale = None,
     score_scale: ScoreScale = None,
+    outputs: Outputs = None,
+    kv_cache: KvCache = None,
     check: Check = False,
     device: Device = "auto",
     dtype: Dtype = "keep",
@@ -186,13 +205,14 @@ def grow(
 
     refuse_existing(out)
     source = growkit.read(model)
+    signature = {"outputs": outputs, "kv_cache": kv_cache}
     if operator is not None:
         if to or like or layers_from:
             raise GrowkitError("a saved operator settles the sizes; leave out --to, --like and --layers-from")
-        large, made = growkit.grow(source, growkit.GrowthOperator.load(operator), dtype=dtype), None
+        large, made = growkit.grow(source, growkit.GrowthOperator.load(operator), dtype=dtype, **signature), None
     else:
         told = {"layers_from": layers_from, "residual_scale": residual_scale, "score_scale": score_scale}
-        made = _planned(source, to, like, method=method, seed=seed, fresh=fresh, **told)
+        made = _planned(source, to, like, method=method, seed=seed, fresh=fresh, **told, **signature)
         made = replace(made, recipe=made.recipe.model_copy(update={"check": check, "dtype": dtype}))
         if not as_json and not quiet:
             _show_plan(made)
@@ -252,6 +272,8 @@ def run(
         layers_from=told.layers_from,  # type: ignore[arg-type]
         residual_scale=told.residual_scale,
         score_scale=told.score_scale,
+        outputs=told.outputs,
+        kv_cache=told.kv_cache,
         check=told.check,
         dtype=told.dtype,
         quiet=quiet,
@@ -432,7 +454,9 @@ def _show_plan(made: Plan) -> None:
     for reason in made.verdict.reasons:
         console.print(f"  {'yes' if reason.holds else 'NO '}  {reason.condition}: {reason.detail}", soft_wrap=True)
     for output in told["outputs"]:
-        console.print(f"  the output {output['name']} grows with {output['space']}")
+        what = "grows with" if output["policy"] == "grow" else "keeps its size, by the read matrix of"
+        console.print(f"  the output {output['name']} {what} {output['space']}")
+    _show_caches(**told["kv_cache"])
     for stack, new in told["new_layers"].items():
         console.print(
             f"  {stack} from {_ranges(told['layers_from'][stack])}; new: {_ranges(new) or 'none'}", soft_wrap=True
@@ -442,6 +466,15 @@ def _show_plan(made: Plan) -> None:
     for rule in made.training:
         console.print(f"  training: {rule}", soft_wrap=True)
     console.print()
+
+
+def _show_caches(inputs: list[str], outputs: list[str], spaces: list[str]) -> None:
+    console = _console()
+    if spaces:
+        console.print(f"  cached keys and values grow with {', '.join(spaces)}")
+    for what, names in (("inputs", inputs), ("outputs", outputs)):
+        if names:
+            console.print(f"  new {what}: {', '.join(names)}", soft_wrap=True)
 
 
 def _ranges(layers: list[int]) -> str:

@@ -293,9 +293,9 @@ class GrowthOperator:
         D, d = self.expansions["hidden"].write.shape if "hidden" in self.expansions else (1, 1)
         return float((d / D) ** float(layer.attributes.get("hidden_power") or 0))
 
-    def matrix(self, side: Side, axis: Axis, bases: Sequence[str] = ()) -> Matrix:
-        """The matrix of an axis on one side, composed from its spaces."""
-        return self._composed(axis, bases, lambda space, expansion: getattr(expansion, side))
+    def matrix(self, side: Side, axis: Axis, bases: Sequence[str] = (), at: str | None = None) -> Matrix:
+        """The matrix of an axis on one side, composed from its spaces; of a target layer's own, ``stack/number``."""
+        return self._composed(axis, bases, lambda space, expansion: getattr(expansion, side), at)
 
     def expansion(self, name: str, bases: Sequence[str] = (), at: str | None = None) -> Expansion:
         """The expansion of a space, or of a whole axis: the most specific there is.
@@ -379,7 +379,10 @@ class GrowthOperator:
 
     def _scaled(self, target: Tensor, W: Array) -> Array:
         (axis,) = target.parameter.parsed.axes
-        (space,) = spaces_of(axis)
+        spaces = list(spaces_of(axis))
+        if not spaces:
+            return W
+        (space,) = spaces
         expansion = self.expansion(space, target.parameter.bases, place(target))
         fill = 1.0 if self.fresh.anew else None
         if target.parameter.module == "layer_scale":

@@ -12,12 +12,23 @@ from zlib import crc32
 
 import numpy as np
 
+from growkit.caches import changed
 from growkit.matrices import scaled
 from growkit.methods import Depth, Method, Refinement, SpaceGrowth, chosen
 from growkit.model import Model
 from growkit.operator import Expansion, Fresh, GrowthOperator, unchanged
 from growkit.verdict import Verdict, tie_factor, variances, verdict
-from growkit_specs import InvalidTarget, LayerGraph, LayerMap, Recipe, Target, evaluate, fresh_scale, layer_maps
+from growkit_specs import (
+    InvalidTarget,
+    LayerGraph,
+    LayerMap,
+    Recipe,
+    Signature,
+    Target,
+    evaluate,
+    fresh_scale,
+    layer_maps,
+)
 from growkit_specs.layer_graph import norm_key
 
 
@@ -64,6 +75,16 @@ class Plan:
         new = {tensor.key: tensor.shape for tensor in self.target.tensors(tied=True)}
         return [(key, old.get(key), shape) for key, shape in new.items()]
 
+    def outputs(self) -> list[dict[str, str]]:
+        """The outputs that live in a space that grows: ``name``, ``space``, and ``policy``, ``project`` or ``grow``."""
+        layered = {name for port in self.source.layer_outputs for name in port.names}
+        still = {port.name for port in self.target.outputs if port.space is not None}
+        return [
+            {"name": port.name, "space": port.space, "policy": "grow" if port.name in still else "project"}
+            for port in self.source.outputs
+            if port.space and self.operator.expansions[port.space].grows and port.name not in layered
+        ]
+
     def to_json(self) -> dict[str, Any]:
         """The plan as the command line prints it under ``--json``."""
         return {
@@ -72,11 +93,8 @@ class Plan:
             "method": self.method,
             "preserving": self.preserving,
             "reasons": [asdict(reason) for reason in self.verdict.reasons],
-            "outputs": [
-                {"name": port.name, "space": port.space}
-                for port in self.source.outputs
-                if port.space and self.operator.expansions[port.space].grows
-            ],
+            "outputs": self.outputs(),
+            "kv_cache": changed(self.source, self.target),
             "layers_from": {stack: self.operator.layer_map(stack) for stack in self.source.depths},
             "new_layers": {stack: list(layers) for stack, layers in self.new_layers.items()},
             "trainable": list(self.trainable),
@@ -118,6 +136,8 @@ def plan(
     layers_from: str | LayerMap | Mapping[str, str | LayerMap] | None = None,
     residual_scale: float | None = None,
     score_scale: float | None = None,
+    outputs: str | None = None,
+    kv_cache: str | None = None,
     **sizes: Any,
 ) -> Plan:
     """Plan a growth.
@@ -135,6 +155,9 @@ def plan(
         residual_scale: A factor on what repeated layers write into the stream; 0 makes them the identity where the
             norm comes first.
         score_scale: A factor on the attention scores of repeated layers.
+        outputs: What becomes of outputs that live in a space that grows: ``project`` brings them back to their size,
+            ``grow`` leaves them; None takes the format's way (ONNX projects, torch grows).
+        kv_cache: What becomes of cached keys and values among the inputs: ``grow`` lets them, ``refuse`` does not.
         sizes: ``hidden heads kv_heads head_dim ffn layers vocab positions``, absolute (``768``) or relative
             (``"1.5x"``). What is not named follows: head_dim stays, heads and ffn follow hidden in ratio.
 
@@ -142,6 +165,7 @@ def plan(
         InvalidTarget: Where the sizes cannot be, with the nearest that can; or the method cannot, with others that can.
     """
     source = model.graph
+    signature = Signature.of(outputs, kv_cache)
     target = target or Target.of(**sizes)
     maps = layer_maps(layers_from, source.depths)
     request = {**(_sizes_of(like, source) if like else {}), **target.requested()}
@@ -174,9 +198,10 @@ def plan(
         layers_from=maps or None,
         residual_scale=residual_scale,
         score_scale=score_scale,
+        outputs=signature.outputs,
+        kv_cache=signature.kv_cache,
     )
-    grown = target_graph(source, operator)
-    model.adapter.resized(model.origin, grown, operator)  # refuses sizes that the format cannot express
+    grown, _ = model.adapter.resized(model.origin, target_graph(source, operator), operator, signature)
     new_layers = {name: depth.repeats for name, depth in depths.items()}
     alone = [t.name for t in grown.tensors() if t.layer in new_layers.get(str(t.stack), ())] if deep.trains_new else []
     used = [m for m, grows in ((wide, widens), (deep, deepens)) if grows]
@@ -415,7 +440,7 @@ class _Resolution:
 
     def resolve_heads(self, new: dict[str, int], ratio: Fraction) -> None:
         """head_dim stays, heads follow hidden in ratio, groups stay, unless they are named."""
-        if "head_dim" not in new:
+        if "head_dim" not in new or "heads" not in new:  # a single head is no axis
             return
         asked = self.asked
         if self.follows.get("head_dim") is not None:  # head_dim = hidden / heads is not the config's to choose

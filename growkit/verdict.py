@@ -89,6 +89,7 @@ class _Examination:
             target = expansion.write.shape[0]
             change = f"{space} {size} to {target}" if target != size else space
             yield from self.norms(space, expansion, change)
+            yield from self.loose_scales(space, expansion, change)
             yield from self.rounding(space, expansion)
             if space == "head_dim":
                 yield self.scores(size, target)
@@ -165,6 +166,20 @@ class _Examination:
             yield Reason(
                 f"epsilon over {space}", False, f"{', '.join(fixed)}: epsilon is no config key and cannot follow"
             )
+
+    def loose_scales(self, space: str, e: Expansion, change: str) -> Iterator[Reason]:
+        """A scale that no writer of its own layer can take up works channel by channel, so they are picked, not mixed."""
+        loose = [
+            parameter.name
+            for _, layer in self.graph.walk()
+            for parameter in layer.parameters
+            if parameter.module == "layer_scale"
+            and space in parameter.parsed.spaces
+            and not any(space in other.parsed.written_spaces() for other in layer.parameters if other is not parameter)
+        ]
+        if loose:
+            detail = f"{change}: {loose[0]} multiplies what several layers wrote, channel by channel"
+            yield Reason(f"scale over {space}", e.write.pattern is not None, detail)
 
     def position(self, space: str, layers: Sequence[Layer]) -> str:
         """Where norms stand, in words; of several places, the one that asks for most."""

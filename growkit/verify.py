@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from growkit.caches import brought_back, fed, grown_spaces
 from growkit.matrices import Array
 from growkit.model import Model
 from growkit.operator import GrowthOperator
@@ -29,7 +30,7 @@ class OutputReport:
         shape: Its shape in the source, of the last inputs tried.
         max_abs_diff: The largest absolute difference.
         max_rel_diff: The largest absolute difference over the largest absolute value of the source's output.
-        space: The grown space it lives in, where it was compared through the read matrix.
+        space: The grown space it lives in, where it was compared through the read matrix; of a cache all of them.
     """
 
     name: str
@@ -98,14 +99,17 @@ def verify(source: Model, target: Model, *, atol: float | None = None, seed: int
     operator = target.growth.operator if target.growth else None
     first, second = source.adapter.forward(source, device), target.adapter.forward(target, device)
     worst: dict[str, OutputReport] = {}
-    for inputs in source.adapter.inputs(source, seed):
-        for report in compared(source.graph, operator, first(inputs), second(inputs)):
+    for inputs in source.adapter.inputs(source, seed, first):
+        given = fed(source.graph, target.graph, operator, inputs)
+        outputs = brought_back(source.graph, target.graph, operator, second(given))
+        for report in compared(source.graph, operator, first(inputs), outputs):
             if report.name not in worst or not report.max_rel_diff <= worst[report.name].max_rel_diff:
                 worst[report.name] = report
     if not worst:
         raise GrowkitError("the two models have no output in common; expected the same class")
     types = {p.dtype for m in (source, target) for _, layer in m.graph.walk() for p in layer.parameters}
-    return Report(tuple(worst.values()), atol, tolerance(types))
+    rounding = max(getattr(forward, "rounding", 0.0) for forward in (first, second))
+    return Report(tuple(worst.values()), atol, max(tolerance(types), rounding))
 
 
 def tolerance(dtypes: Iterable[str]) -> float:
@@ -128,8 +132,11 @@ def compared(
         GrowkitError: Where one output's shapes differ and no operator says how.
     """
     ports = {port.name: port for port in graph.outputs} if graph is not None else {}
+    cached = {name: port for port in graph.layer_outputs for name in port.names} if graph is not None else {}
     for name in (name for name in a if name in b):
-        yield _compared(ports.get(name), operator, name, np.asarray(a[name]), np.asarray(b[name]))
+        report = _compared(ports.get(name), operator, name, np.asarray(a[name]), np.asarray(b[name]))
+        grown = grown_spaces(cached[name], operator) if name in cached and operator is not None else ()
+        yield replace(report, space=", ".join(grown)) if grown else report
 
 
 def _compared(

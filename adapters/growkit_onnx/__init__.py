@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from growkit.adapters import Forward
 from growkit.model import Model
 from growkit.operator import GrowthOperator
-from growkit_specs import LayerGraph
+from growkit_specs import LayerGraph, Signature
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,9 +38,12 @@ class OnnxAdapter:
         """The layer graph of a file or model."""
         return self.read(source).graph
 
-    def resized(self, origin: Any, graph: LayerGraph, operator: GrowthOperator) -> Any:
+    def resized(
+        self, origin: Any, graph: LayerGraph, operator: GrowthOperator, signature: Signature
+    ) -> tuple[LayerGraph, Any]:
         """The origin of what an operator makes of a model; its graph is resized without weights, as a trial."""
-        return origin.resized(graph, operator)
+        resized: tuple[LayerGraph, Any] = origin.resized(graph, operator, signature)
+        return resized
 
     def write(
         self,
@@ -69,11 +72,11 @@ class OnnxAdapter:
 
         return GraphForward(model, device)
 
-    def inputs(self, model: Model, seed: int) -> Iterator[dict[str, np.ndarray]]:
-        """Inputs that exercise a model."""
+    def inputs(self, model: Model, seed: int, forward: Forward) -> Iterator[dict[str, np.ndarray]]:
+        """Inputs that exercise a model, at sizes at which it runs."""
         from growkit_onnx.forward import random_inputs
 
-        return random_inputs(model, seed)
+        return random_inputs(model, seed, forward)
 
 
 __all__ = ["OnnxAdapter"]

@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
+from growkit.adapters import Forward
 from growkit.matrices import Array
 from growkit.model import Model
 from growkit_onnx.execute import Executor
@@ -28,7 +29,13 @@ class GraphForward:
 
     It runs in ONNX Runtime, from a file, so that weights that lie beside it are mapped and not loaded; where weights
     are given it runs in torch.
+
+    Attributes:
+        rounding: How far the outputs of two models that compute the same may be apart, relative to the largest: the
+            runtime computes in the types of the file, and sums of different lengths are rounded differently.
     """
+
+    rounding = 5e-5
 
     def __init__(self, model: Model, device: str = "auto") -> None:
         self.model = model
@@ -93,7 +100,9 @@ class GraphForward:
                 for tensor in self.model.graph.tensors()
             }
             self._executor = Executor(graph, device="cuda" if self.provider == _PROVIDERS["cuda"] else "cpu")
-        held = {holder: weights[name] for name, holders in self._holders.items() if name in weights for holder in holders}
+        held = {
+            holder: weights[name] for name, holders in self._holders.items() if name in weights for holder in holders
+        }
         known = self._executor.graph.initializers
         return self._executor(inputs, {name: tensor for name, tensor in held.items() if name in known})
 
@@ -119,17 +128,51 @@ def _line(error: BaseException) -> str:
 # --- inputs ----------------------------------------------------------------------------------------------------------
 
 
-def random_inputs(model: Model, seed: int) -> Iterator[dict[str, np.ndarray]]:
-    """Inputs that exercise a model, at sizes that its axes were not inferred with: plain, padded, and a batch of one."""
+def random_inputs(model: Model, seed: int, forward: Forward) -> Iterator[dict[str, np.ndarray]]:
+    """Inputs that exercise a model: plain, padded, a batch of one, and one step after what was cached.
+
+    Their sizes are not those that its axes were inferred with. An operator may refuse some of them (GroupQueryAttention
+    takes several tokens after cached ones in a batch of one alone), and those are left out.
+
+    Args:
+        model: The model.
+        seed: The seed.
+        forward: Runs it.
+
+    Raises:
+        GrowkitError: Where it runs at none of the sizes; the first reason is told.
+    """
     origin: Origin = model.origin
     rng = np.random.default_rng(seed)
-    longest = min([16, *(size // 2 for size in _table_sizes(origin) if size >= 8)])
-    for batch, length, padded in ((4, longest, False), (5, max(longest // 2, 2), True), (1, longest, False)):
-        shapes = origin.trial.shapes(batch, (length, max(length - 3, 2), max(length // 2, 2)))
-        yield {
-            str(value.name): _drawn(origin, value, shapes[str(value.name)], rng, padded=padded)
-            for value in origin.model.graph.inputs
+    refusal: GrowkitError | None = None
+    ran = False
+    for batch, lengths, padded in _tried(min([16, *(size // 2 for size in _table_sizes(origin) if size >= 8)])):
+        shapes = origin.trial.shapes(batch, lengths)
+        inputs = {
+            name: _drawn(origin, value, shapes[name], rng, padded=padded) for name, value in _given(origin).items()
         }
+        try:
+            forward(inputs)
+        except GrowkitError as error:
+            refusal = refusal or error
+            continue
+        ran = True
+        yield inputs
+    if not ran and refusal is not None:
+        raise refusal
+
+
+def _tried(longest: int) -> Iterator[tuple[int, tuple[int, ...], bool]]:
+    """Sizes of the batch and of what else varies, and whether there is padding."""
+    for batch, length, padded in ((4, longest, False), (5, max(longest // 2, 2), True), (1, longest, False)):
+        yield batch, (length, max(length - 3, 2), max(length // 2, 2)), padded
+    yield 3, (1, max(longest - 3, 2), max(longest // 2, 2)), False
+
+
+def _given(origin: Origin) -> dict[str, ir.Value]:
+    """The inputs that are no initializers, by name."""
+    graph = origin.model.graph
+    return {str(value.name): value for value in graph.inputs if value.name not in graph.initializers}
 
 
 def _table_sizes(origin: Origin) -> list[int]:

@@ -7,9 +7,9 @@ What no rule understands is never guessed: the spaces it touches are frozen, and
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from growkit_onnx.operation import as_numpy
 from growkit_onnx.rules import CONTRIB, Axes, rule_of
+from growkit_specs import InvalidModel
 from growkit_specs.layout import Axis
 from growkit_specs.unification import ONE, Conflict, Sizes, Unifier
 
@@ -102,8 +103,15 @@ class Scene:
 
     # --- looking up --------------------------------------------------------------------------------------------------
 
-    def axes(self, value: ir.Value) -> Axes:
-        """The axes of a value, in storage order."""
+    def axes(self, value: ir.Value | None) -> Axes:
+        """The axes of a value, in storage order.
+
+        Raises:
+            InvalidModel: Where an operator lacks the input that is asked for.
+        """
+        if value is None:
+            node = self._node
+            raise InvalidModel(f"{node.op_type if node else 'a node'} ({node.name if node else '?'}) lacks an input")
         if value not in self._axes:
             shapes = zip(*(tuple(run[value].shape) for run in self.runs), strict=True)
             self._axes[value] = tuple(self.unifier.fresh(sizes) for sizes in shapes)
@@ -222,7 +230,7 @@ class Scene:
         axes, done = [], 1
         for axis in self.axes(made):
             start, done = done, done * self.sizes(axis)[0]
-            covered = [i for i, (a, b) in enumerate(zip(ends, ends[1:], strict=False)) if a < done and b > start]
+            covered = [i for i, (a, b) in enumerate(itertools.pairwise(ends)) if a < done and b > start]
             axes.append(tuple(j for i in covered for j in weight.axes[i]) if done > start else ())
         self._weights[made] = Weight(weight.stored, tuple(axes), weight.offset)
 
@@ -254,7 +262,7 @@ class Scene:
 
     def slices(self, node: ir.Node) -> dict[int, tuple[int | None, int]]:
         """For each axis that a Slice cuts, where it starts (None where that depends on the inputs), and its step."""
-        rank = len(self.axes(node.inputs[0]))  # type: ignore[arg-type]
+        rank = len(self.axes(node.inputs[0]))
         if len(node.inputs) == 1:
             starts = node.attributes.get_ints("starts", ())
             axes = node.attributes.get_ints("axes", tuple(range(len(starts))))
@@ -262,13 +270,14 @@ class Scene:
             found: list[int | None] = list(starts)
         else:
             given = [self.constant(value) for value in (*node.inputs[1:5], None, None)][:4]
-            count = prod(self.runs[0][node.inputs[1]].shape)
+            (length,) = self.axes(node.inputs[1])
+            count = self.sizes(length)[0]
             found = [None] * count if given[0] is None else [int(s) for s in given[0]]
             axes = tuple(range(count)) if given[2] is None else tuple(int(a) for a in given[2])
             steps = (1,) * count if given[3] is None else tuple(int(s) for s in given[3])
         cut: dict[int, tuple[int | None, int]] = {}
         for axis, start, step in zip(axes, found, steps, strict=True):
-            size = self.sizes(self.axes(node.inputs[0])[axis % rank])[0]  # type: ignore[arg-type]
+            size = self.sizes(self.axes(node.inputs[0])[axis % rank])[0]
             if start is not None:
                 start = max(start + size, 0) if start < 0 else min(start, size)
             cut[axis % rank] = (start, step)
@@ -276,7 +285,7 @@ class Scene:
 
     def reduced(self, node: ir.Node) -> frozenset[int]:
         """The axes that a reduction takes away."""
-        rank = len(self.axes(node.inputs[0]))  # type: ignore[arg-type]
+        rank = len(self.axes(node.inputs[0]))
         axes: Sequence[int] | None = node.attributes.get_ints("axes", None)
         if len(node.inputs) > 1 and node.inputs[1] is not None:
             told = self.constant(node.inputs[1])

@@ -77,7 +77,8 @@ def _spelled_out(scene: Scene, root: ir.Node) -> Norm | None:
     square = _producer(mean.inputs[0], "Pow", "Mul") if mean is not None and _over_last(scene, mean) else None
     if square is None or not _is_square(scene, square):
         return None
-    assert mean is not None and place is not None
+    assert mean is not None
+    assert place is not None
     squared = _before_casts(square.inputs[0])
     centred = _producer(squared, "Sub")
     centre = _producer(centred.inputs[1], "ReduceMean") if centred is not None else None
@@ -95,7 +96,8 @@ def _spelled_out(scene: Scene, root: ir.Node) -> Norm | None:
     nodes = [node for node in (*inner, square, mean, added, root, *divided) if node is not None]
     output, scale, shift, affine = _affine(scene, divided[-1].outputs[0])
     epsilon = _scalar(scene, added.inputs[place])
-    assert epsilon is not None and source is not None
+    assert epsilon is not None
+    assert source is not None
     kind: Literal["layer", "rms"] = "layer" if is_layer else "rms"
     return Norm(kind, (*nodes, *affine), source, output, epsilon, (added, place), scale, shift)
 
@@ -170,7 +172,7 @@ def _follow(value: ir.Value, user: ir.Node) -> ir.Value | None:
 
 
 def _over_last(scene: Scene, node: ir.Node) -> bool:
-    return scene.reduced(node) == {len(scene.axes(node.inputs[0])) - 1}  # type: ignore[arg-type]
+    return scene.reduced(node) == {len(scene.axes(node.inputs[0])) - 1}
 
 
 def _is_square(scene: Scene, node: ir.Node) -> bool:

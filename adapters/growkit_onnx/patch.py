@@ -18,9 +18,9 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from growkit_onnx.describe import Names
 from growkit_onnx.execute import Executor, run_node
 from growkit_onnx.infer import Scene, same_in_all
+from growkit_onnx.names import Names
 from growkit_onnx.operators import constant
 from growkit_onnx.rules import CONTRIB
 from growkit_specs import GrowkitError, InvalidTarget
@@ -35,9 +35,7 @@ ALWAYS: dict[tuple[str, str], Patcher] = {}
 """Patchers of operators that may give the right shape and the wrong entries."""
 
 
-def patches(
-    table: dict[tuple[str, str], Patcher], *names: str, domain: str = ""
-) -> Callable[[Patcher], Patcher]:
+def patches(table: dict[tuple[str, str], Patcher], *names: str, domain: str = "") -> Callable[[Patcher], Patcher]:
     """Registers the patcher of some operators."""
 
     def registered(function: Patcher) -> Patcher:
@@ -162,7 +160,9 @@ class Resizing:
 
     def _fits(self, node: ir.Node, given: Sequence[tuple[Any, ...]] | None) -> bool:
         return given is not None and all(
-            tensor is None or self.source(value) not in self.scene.runs[r] or tuple(tensor.shape) == self.predicted(value, r)
+            tensor is None
+            or self.source(value) not in self.scene.runs[r]
+            or tuple(tensor.shape) == self.predicted(value, r)
             for r, outputs in enumerate(given)
             for value, tensor in zip(node.outputs, outputs, strict=True)
         )
@@ -203,7 +203,9 @@ class Resizing:
     @property
     def _taken(self) -> set[str]:
         if not hasattr(self, "_names"):
-            self._names = {str(v.name) for node in self.graph for v in node.outputs} | {str(v.name) for v in self.graph.inputs}
+            self._names = {str(v.name) for node in self.graph for v in node.outputs} | {
+                str(v.name) for v in self.graph.inputs
+            }
         return self._names
 
     def replace_input(self, node: ir.Node, index: int, entries: Any) -> None:
@@ -237,7 +239,9 @@ class Resizing:
             wanted: The entries in every run.
         """
         old = [[int(e) for e in np.asarray(run[node.inputs[index]]).reshape(-1)] for run in self.runs]  # type: ignore[index]
-        entries = [self._entry(node, *(tuple(w[i] for w in wanted), tuple(o[i] for o in old))) for i in range(len(wanted[0]))]
+        entries = [
+            self._entry(node, *(tuple(w[i] for w in wanted), tuple(o[i] for o in old))) for i in range(len(wanted[0]))
+        ]
         if all(isinstance(entry, int) for entry in entries):
             return self.replace_input(node, index, np.array(entries, dtype=np.int64))
         pieces: list[ir.Value] = []
@@ -267,11 +271,13 @@ class Resizing:
         """One entry of a shape: a number, or what it was times a fraction."""
         if len(set(wanted)) == 1:
             return wanted[0]
-        if set(old) <= {0} or set(old) <= {-1}:
+        if set(old) in ({0}, {-1}, {1}):  # the size of the input's own axis
             return old[0]
         ratios = {Fraction(w, o) for w, o in zip(wanted, old, strict=True) if o}
         if len(ratios) != 1:
-            raise InvalidTarget(f"{node.op_type} ({node.name}): a size that depends on the inputs does not follow the growth")
+            raise InvalidTarget(
+                f"{node.op_type} ({node.name}): a size that depends on the inputs does not follow the growth"
+            )
         return ratios.pop()
 
     def moved(self, axis: Axis, offset: int) -> int:
@@ -339,14 +345,21 @@ def _split(at: Resizing, node: ir.Node) -> None:
 @patches(ALWAYS, "Slice")
 def _slice(at: Resizing, node: ir.Node) -> None:
     source = at.source(node.outputs[0]).producer()
-    assert source is not None and node.inputs[0] is not None
+    assert source is not None
+    assert node.inputs[0] is not None
     cuts = at.scene.slices(source)
     axes = at.axes(node.inputs[0])
     given = at.scene.axes(at.source(node.outputs[0]))
     starts, ends = {}, {}
     for axis, (start, step) in cuts.items():
         unifier = at.scene.unifier
-        if 0 in unifier.sizes(given[axis]) or start is None or step < 0 or unifier.is_dynamic(axes[axis]) or at.size(axes[axis]) == unifier.sizes(axes[axis])[0]:
+        if (
+            0 in unifier.sizes(given[axis])
+            or start is None
+            or step < 0
+            or unifier.is_dynamic(axes[axis])
+            or at.size(axes[axis]) == unifier.sizes(axes[axis])[0]
+        ):
             continue
         if step > 1:
             starts[axis], ends[axis] = start, at.size(axes[axis])
@@ -380,7 +393,8 @@ def _cut(at: Resizing, node: ir.Node, order: Sequence[int], starts: Mapping[int,
 @patches(ALWAYS, "Gather")
 def _gather(at: Resizing, node: ir.Node) -> None:
     data, indices = node.inputs
-    assert data is not None and indices is not None
+    assert data is not None
+    assert indices is not None
     axis = at.axes(data)[node.attributes.get_int("axis", 0)]
     chosen = at.constant(indices)
     if chosen is None or chosen.size != 1 or at.scene.is_weight(at.source(data)) or at.scene.unifier.is_dynamic(axis):

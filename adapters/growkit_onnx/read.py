@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
 from growkit.adapters import Adapter
+from growkit.caches import changed
 from growkit.example import Example
 from growkit.model import Growth, LazyWeights, Model
 from growkit.operator import GrowthOperator
@@ -20,13 +21,17 @@ from growkit_onnx.describe import Description, describe
 from growkit_onnx.files import from_proto, load
 from growkit_onnx.infer import Scene
 from growkit_onnx.normalise import Normalised, normalise
-from growkit_onnx.surgery import OutputPolicy, Surgery
+from growkit_onnx.ports import with_ports
+from growkit_onnx.surgery import Surgery
 from growkit_onnx.trial import Trial, trial
-from growkit_specs import GrowkitError, InvalidTarget, LayerGraph, UnsupportedModel
-from growkit_specs.layout import spaces_of
+from growkit_specs import InvalidTarget, LayerGraph, Recipe, Signature, UnsupportedModel
+from growkit_specs.recipe import CachePolicy, OutputPolicy
 
 OPERATOR = ".growkit_operator.safetensors"
 """What the name of a grown file's operator ends with; it stands beside the file."""
+
+RECIPE = ".growkit_recipe.yaml"
+"""What the name of the recipe ends with that a file was grown by; it stands beside the file."""
 
 
 @dataclass(frozen=True)
@@ -55,56 +60,69 @@ class Origin:
     description: Description
     path: Path | None = None
     outputs: OutputPolicy = "project"
-    kv_cache: Literal["grow", "refuse"] = "grow"
+    kv_cache: CachePolicy = "grow"
     target: LayerGraph | None = None
     operator: GrowthOperator | None = None
 
-    def resized(self, graph: LayerGraph, operator: GrowthOperator) -> Origin:
-        """The origin of what an operator makes of this model.
+    def resized(self, graph: LayerGraph, operator: GrowthOperator, signature: Signature) -> tuple[LayerGraph, Origin]:
+        """The graph with the grown file's inputs and outputs, and the origin of what an operator makes of this model.
 
         Raises:
-            InvalidTarget: Where the file cannot have these sizes.
+            InvalidTarget: Where the file cannot have these sizes, element types or this signature.
         """
         if self.operator is not None:
             raise InvalidTarget("this model was grown in memory; write it and read it again to grow it further")
-        for space, size in graph.sizes.items():
-            why = self.description.frozen.get(space)
-            if size != self.description.graph.sizes[space] and why is not None:
-                raise InvalidTarget(f"{space} cannot grow from {self.description.graph.sizes[space]} to {size}: {why}")
-        self._refuse_caches(graph)
-        grown = replace(self, target=graph, operator=operator)
-        grown.surgery().resize()  # the integers are patched, or it is said why they cannot be
-        return grown
+        self._refuse_frozen(graph)
+        self._refuse_types(graph)
+        policies = {name: policy for name, policy in signature if policy is not None}
+        grown = replace(self, target=graph, operator=operator, **policies)
+        surgery = grown.surgery()
+        surgery.resize()  # the integers are patched, or it is said why they cannot be
+        target = with_ports(
+            graph, surgery.graph, surgery.stacks, self.scene, self.description, lambda value: surgery.copies[value]
+        )
+        if grown.kv_cache == "refuse":
+            _refuse_caches(changed(self.description.graph, target))
+        return target, replace(grown, target=target)
 
     @property
     def is_external(self) -> bool:
         """Whether the source's weights lie in a file beside it."""
-        return any(isinstance(v.const_value, ir.ExternalTensor) for v in self.model.graph.initializers.values())
+        weights = (value.const_value for value in self.model.graph.initializers.values())
+        own = self.path.name if self.path is not None else None
+        return any(isinstance(w, ir.ExternalTensor) and str(w.location) != own for w in weights)
 
-    def _refuse_caches(self, graph: LayerGraph) -> None:
-        if self.kv_cache == "grow":
-            return
-        changed = {space for space, size in graph.sizes.items() if size != self.description.graph.sizes[space]}
-        for value in self.model.graph.inputs:
-            named = [self.description.names.axis(axis) for axis in self.scene.axes(value)]
-            grown = {space for axis in named for space in spaces_of(axis)} & changed
-            deeper = any(
-                value in block.inputs and graph.depths[name] != len(blocks.blocks)
-                for name, blocks in self.description.stacks.items()
-                for block in blocks.blocks
-            )
-            if grown or deeper:
-                what = ", ".join(sorted(grown)) or "the number of layers"
+    def _refuse_frozen(self, graph: LayerGraph) -> None:
+        for space in self.description.graph.spaces:
+            size = graph.sizes[space.name]
+            if size != space.size and space.frozen is not None:
                 raise InvalidTarget(
-                    f"the input {value.name} is a cache whose signature changes with {what}; ask for --kv-cache grow, "
-                    "or for sizes that leave it"
+                    f"{space.name} cannot grow from {space.size} to {size}: {space.frozen}; to leave it, ask for "
+                    f"{space.name}={space.size}"
+                )
+
+    def _refuse_types(self, graph: LayerGraph) -> None:
+        before = {tensor.key: tensor.parameter.dtype for tensor in self.description.graph.tensors()}
+        for tensor in graph.tensors():
+            if tensor.parameter.dtype != before.get(tensor.key, tensor.parameter.dtype):
+                raise InvalidTarget(
+                    f"an ONNX file keeps its element types, its operators expect them; got {tensor.parameter.dtype} "
+                    f"for {before[tensor.key]}; leave the dtype out"
                 )
 
     def surgery(self) -> Surgery:
         """The surgery that makes the grown model's graph."""
-        assert self.target is not None and self.operator is not None
+        assert self.target is not None
+        assert self.operator is not None
         return Surgery(
-            self.model, self.normalised, self.scene, self.description, self.trial, self.operator, self.target, self.outputs
+            self.model,
+            self.normalised,
+            self.scene,
+            self.description,
+            self.trial,
+            self.operator,
+            self.target,
+            self.outputs,
         )
 
 
@@ -140,11 +158,29 @@ def _read(adapter: Adapter, loaded: Callable[[], ir.Model], path: Path | None = 
     normalised = normalise(model)
     runs = trial(model)
     scene = Scene(model.graph, runs.runs, model.opset_imports.get("", 1))
-    description = describe(scene, normalised.ties, where)
+    description = _described(model, describe(scene, normalised.ties, where), scene)
     names = {name: values[0] for name, values in description.stored.items()}
     weights = LazyWeights(names, _array)
     origin = Origin(loaded, model, normalised, scene, runs, description, path)
     return Model(description.graph, weights, adapter, origin, _growth_beside(path))
+
+
+def _described(model: ir.Model, description: Description, scene: Scene) -> Description:
+    """A description whose graph tells the file's inputs and outputs, and which spaces cannot grow."""
+    graph = with_ports(description.graph, model.graph, description.stacks, scene, description)
+    spaces = tuple(s.model_copy(update={"frozen": description.frozen.get(s.name)}) for s in graph.spaces)
+    return replace(description, graph=graph.model_copy(update={"spaces": spaces}).revalidated())
+
+
+def _refuse_caches(changes: Mapping[str, Sequence[str]]) -> None:
+    if any(changes.values()):
+        what = ", ".join(
+            [*changes["spaces"], *(["the number of layers"] if changes["inputs"] or changes["outputs"] else [])]
+        )
+        raise InvalidTarget(
+            f"the cached keys and values among the inputs and outputs change with {what}; leave out kv_cache 'refuse', "
+            "or ask for sizes that leave them"
+        )
 
 
 def _array(value: ir.Value) -> np.ndarray:
@@ -158,10 +194,16 @@ def operator_beside(path: Path) -> Path:
     return path.with_name(path.name + OPERATOR)
 
 
+def recipe_beside(path: Path) -> Path:
+    """The file of the recipe that a grown file was made by."""
+    return path.with_name(path.name + RECIPE)
+
+
 def _growth_beside(path: Path | None) -> Growth | None:
     if path is None or not operator_beside(path).is_file():
         return None
-    return Growth(GrowthOperator.load(operator_beside(path)))
+    recipe = Recipe.load(recipe_beside(path)) if recipe_beside(path).is_file() else None
+    return Growth(GrowthOperator.load(operator_beside(path)), recipe)
 
 
 def is_model(source: Any) -> bool:
@@ -170,19 +212,8 @@ def is_model(source: Any) -> bool:
 
 
 def build(model: Model) -> ir.Model:
-    """A model as an ``ir.Model``; grown weights are made when they are asked for.
-
-    Raises:
-        GrowkitError: Where its element types are not those of the file.
-    """
+    """A model as an ``ir.Model``; grown weights are made when they are asked for."""
     origin: Origin = model.origin
     if origin.operator is None:
         return origin.load()
-    before = {tensor.key: tensor.parameter.dtype for tensor in origin.description.graph.tensors()}
-    changed = next((t for t in model.graph.tensors() if t.parameter.dtype != before[t.key]), None)
-    if changed is not None:
-        raise GrowkitError(
-            f"an ONNX file keeps its element types, its operators expect them; got {changed.parameter.dtype} for "
-            f"{before[changed.key]}; leave --dtype out"
-        )
     return origin.surgery().model_with(model.weights)

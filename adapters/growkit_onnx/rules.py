@@ -15,7 +15,7 @@ from growkit_specs.layout import Axis, concatenation, product
 from growkit_specs.unification import ONE
 
 if TYPE_CHECKING:
-    from growkit_onnx.infer import Scene
+    from growkit_onnx.infer import Part, Scene
 
 Axes = tuple[Axis, ...]
 Rule = Callable[["Scene", ir.Node], None]
@@ -24,19 +24,88 @@ RULES: dict[tuple[str, str], Rule] = {}
 CONTRIB = "com.microsoft"
 
 ELEMENTWISE = frozenset(
-    "Add Sub Mul Div Pow Mod Where And Or Xor Equal Less LessOrEqual Greater GreaterOrEqual Max Min Sum Mean PRelu "
-    "BitwiseAnd BitwiseOr BitwiseXor BitShift".split()
+    [
+        "Add",
+        "Sub",
+        "Mul",
+        "Div",
+        "Pow",
+        "Mod",
+        "Where",
+        "And",
+        "Or",
+        "Xor",
+        "Equal",
+        "Less",
+        "LessOrEqual",
+        "Greater",
+        "GreaterOrEqual",
+        "Max",
+        "Min",
+        "Sum",
+        "Mean",
+        "PRelu",
+        "BitwiseAnd",
+        "BitwiseOr",
+        "BitwiseXor",
+        "BitShift",
+    ]
 )
 """Operators that work entry by entry on inputs that are broadcast to each other."""
 
 NONLINEAR = frozenset(
-    "Abs Acos Acosh Asin Asinh Atan Atanh BiasGelu Ceil Celu Clip Cos Cosh Elu Erf Exp FastGelu Floor Gelu HardSigmoid "
-    "HardSwish LeakyRelu Log Mish PRelu Pow QuickGelu Reciprocal Relu Round Selu Sigmoid Sign Sin Sinh Softplus Softsign "
-    "Sqrt Tan Tanh ThresholdedRelu Max Min Mod".split()
+    [
+        "Abs",
+        "Acos",
+        "Acosh",
+        "Asin",
+        "Asinh",
+        "Atan",
+        "Atanh",
+        "BiasGelu",
+        "Ceil",
+        "Celu",
+        "Clip",
+        "Cos",
+        "Cosh",
+        "Elu",
+        "Erf",
+        "Exp",
+        "FastGelu",
+        "Floor",
+        "Gelu",
+        "HardSigmoid",
+        "HardSwish",
+        "LeakyRelu",
+        "Log",
+        "Mish",
+        "PRelu",
+        "Pow",
+        "QuickGelu",
+        "Reciprocal",
+        "Relu",
+        "Round",
+        "Selu",
+        "Sigmoid",
+        "Sign",
+        "Sin",
+        "Sinh",
+        "Softplus",
+        "Softsign",
+        "Sqrt",
+        "Tan",
+        "Tanh",
+        "ThresholdedRelu",
+        "Max",
+        "Min",
+        "Mod",
+    ]
 )
 """Operators that are nonlinear in each entry: only what leaves the entries apart commutes with them."""
 
-PASSING = frozenset("Cast CastLike Identity Neg Not IsNaN IsInf Dropout CumSum Trilu BitwiseNot".split())
+PASSING = frozenset(
+    ["Cast", "CastLike", "Identity", "Neg", "Not", "IsNaN", "IsInf", "Dropout", "CumSum", "Trilu", "BitwiseNot"]
+)
 """Operators of one input that leave its axes as they are."""
 
 
@@ -56,6 +125,7 @@ def rule_of(node: ir.Node) -> Rule:
 
 
 def unknown(scene: Scene, node: ir.Node) -> None:
+    """Of an operator nobody knows: everything it touches stays as it is."""
     for value in (*node.inputs, *node.outputs):
         if value is not None:
             scene.freeze(value, f"the operator {node.domain + '.' if node.domain else ''}{node.op_type} ({node.name})")
@@ -66,7 +136,7 @@ def unknown(scene: Scene, node: ir.Node) -> None:
 
 @rule(*ELEMENTWISE)
 @rule("BiasGelu", "FastGelu", "BiasAdd", domain=CONTRIB)
-def elementwise(scene: Scene, node: ir.Node) -> None:
+def _elementwise(scene: Scene, node: ir.Node) -> None:
     (out,) = node.outputs
     given = [value for value in node.inputs if value is not None]
     for value in given:
@@ -76,7 +146,7 @@ def elementwise(scene: Scene, node: ir.Node) -> None:
             scene.play(value, "scale" if node.op_type in ("Mul", "Div", "PRelu", "Pow") else "write")
 
 
-def broadcast(scene: Scene, value: ir.Value, to: Axes) -> None:
+def broadcast(scene: Scene, value: ir.Value | None, to: Axes) -> None:
     """The axes of ``value`` are the last of ``to``, where they are not of size 1."""
     axes = scene.axes(value)
     for mine, other in zip(axes[::-1], to[::-1], strict=False):
@@ -86,13 +156,13 @@ def broadcast(scene: Scene, value: ir.Value, to: Axes) -> None:
 
 @rule(*(NONLINEAR - ELEMENTWISE - {"BiasGelu", "FastGelu", "QuickGelu"}), *PASSING)
 @rule("Gelu", "QuickGelu", domain=CONTRIB)
-def unary(scene: Scene, node: ir.Node) -> None:
+def _unary(scene: Scene, node: ir.Node) -> None:
     scene.same(node.inputs[0], node.outputs[0])
     scene.derive(node.inputs[0], node.outputs[0])
 
 
 @rule("Softmax", "LogSoftmax", "Hardmax", "LpNormalization")
-def softmax(scene: Scene, node: ir.Node) -> None:
+def _softmax(scene: Scene, node: ir.Node) -> None:
     axes = scene.axes(node.outputs[0])
     scene.same(node.inputs[0], node.outputs[0])
     default = -1 if scene.opset >= 13 or node.op_type == "LpNormalization" else 1
@@ -106,7 +176,7 @@ def softmax(scene: Scene, node: ir.Node) -> None:
 
 @rule("MatMul")
 @rule("FusedMatMul", domain=CONTRIB)
-def matmul(scene: Scene, node: ir.Node) -> None:
+def _matmul(scene: Scene, node: ir.Node) -> None:
     left, right = node.inputs[:2]
     a, b, out = list(scene.axes(left)), list(scene.axes(right)), list(scene.axes(node.outputs[0]))
     if node.attributes.get_int("transA", 0):
@@ -131,7 +201,7 @@ def matmul(scene: Scene, node: ir.Node) -> None:
 
 @rule("Gemm")
 @rule("FusedGemm", domain=CONTRIB)
-def gemm(scene: Scene, node: ir.Node) -> None:
+def _gemm(scene: Scene, node: ir.Node) -> None:
     left, right, *bias = node.inputs
     trans = [node.attributes.get_int(f"trans{side}", 0) for side in "AB"]
     a, b, out = scene.axes(left), scene.axes(right), scene.axes(node.outputs[0])
@@ -148,7 +218,7 @@ def gemm(scene: Scene, node: ir.Node) -> None:
 
 
 @rule("Einsum")
-def einsum(scene: Scene, node: ir.Node) -> None:
+def _einsum(scene: Scene, node: ir.Node) -> None:
     equation = node.attributes.get_string("equation", "").replace(" ", "")
     if "..." in equation or "->" not in equation:
         return unknown(scene, node)
@@ -163,7 +233,7 @@ def einsum(scene: Scene, node: ir.Node) -> None:
 
 
 @rule("Conv")
-def conv(scene: Scene, node: ir.Node) -> None:
+def _conv(scene: Scene, node: ir.Node) -> None:
     image, kernel, *bias = node.inputs
     x, w, out = scene.axes(image), scene.axes(kernel), scene.axes(node.outputs[0])
     for axis in (*w[2:], *x[2:], *out[2:]):
@@ -186,7 +256,7 @@ def conv(scene: Scene, node: ir.Node) -> None:
 
 
 @rule("Gather")
-def gather(scene: Scene, node: ir.Node) -> None:
+def _gather(scene: Scene, node: ir.Node) -> None:
     data, indices = node.inputs
     axes, picked, out = scene.axes(data), scene.axes(indices), scene.axes(node.outputs[0])
     axis = node.attributes.get_int("axis", 0) % len(axes)
@@ -206,7 +276,7 @@ def gather(scene: Scene, node: ir.Node) -> None:
 
 
 @rule("GatherElements", "ScatterElements")
-def indexed_along(scene: Scene, node: ir.Node) -> None:
+def _indexed_along(scene: Scene, node: ir.Node) -> None:
     """One axis is addressed by number; along the others entries stay where they are."""
     axes = scene.axes(node.outputs[0])
     along = node.attributes.get_int("axis", 0) % len(axes)
@@ -219,7 +289,7 @@ def indexed_along(scene: Scene, node: ir.Node) -> None:
 
 
 @rule("ScatterND", "GatherND")
-def indexed(scene: Scene, node: ir.Node) -> None:
+def _indexed(scene: Scene, node: ir.Node) -> None:
     """Axes that are addressed by number stay as they are."""
     for value in (*node.inputs, *node.outputs):
         if value is not None:
@@ -227,14 +297,14 @@ def indexed(scene: Scene, node: ir.Node) -> None:
 
 
 @rule("ArgMax", "ArgMin", "TopK", "OneHot", "NonZero", "Unique", "Compress")
-def ranked(scene: Scene, node: ir.Node) -> None:
+def _ranked(scene: Scene, node: ir.Node) -> None:
     for value in (*node.inputs, *node.outputs):
         if value is not None:
             scene.freeze(value, f"entries are ranked or counted ({node.op_type} {node.name})")
 
 
 @rule("Slice")
-def sliced(scene: Scene, node: ir.Node) -> None:
+def _sliced(scene: Scene, node: ir.Node) -> None:
     source, out = scene.axes(node.inputs[0]), scene.axes(node.outputs[0])
     cuts = scene.slices(node)
     for axis, (mine, other) in enumerate(zip(source, out, strict=True)):
@@ -257,7 +327,7 @@ def sliced(scene: Scene, node: ir.Node) -> None:
 
 
 @rule("Split")
-def split(scene: Scene, node: ir.Node) -> None:
+def _split(scene: Scene, node: ir.Node) -> None:
     source = scene.axes(node.inputs[0])
     axis = node.attributes.get_int("axis", 0) % len(source)
     parts = [scene.axes(out) for out in node.outputs]
@@ -269,7 +339,7 @@ def split(scene: Scene, node: ir.Node) -> None:
 
 
 @rule("Concat")
-def concat(scene: Scene, node: ir.Node) -> None:
+def _concat(scene: Scene, node: ir.Node) -> None:
     out = scene.axes(node.outputs[0])
     axis = node.attributes.get_int("axis", 0) % len(out)
     parts = [value for value in node.inputs if value is not None and not scene.is_empty(value)]
@@ -282,7 +352,7 @@ def concat(scene: Scene, node: ir.Node) -> None:
 
 
 @rule("Pad")
-def pad(scene: Scene, node: ir.Node) -> None:
+def _pad(scene: Scene, node: ir.Node) -> None:
     for mine, other in zip(scene.axes(node.inputs[0]), scene.axes(node.outputs[0]), strict=True):
         if scene.sizes(mine) == scene.sizes(other):
             scene.unify(mine, other)
@@ -294,14 +364,14 @@ def pad(scene: Scene, node: ir.Node) -> None:
 
 
 @rule("Reshape", "Flatten", "Unsqueeze", "Squeeze")
-def reshape(scene: Scene, node: ir.Node) -> None:
+def _reshape(scene: Scene, node: ir.Node) -> None:
     """Storage order stays: the product of all axes does."""
     scene.unify(product(*scene.axes(node.inputs[0])), product(*scene.axes(node.outputs[0])))
     scene.derive_reshaped(node.inputs[0], node.outputs[0])
 
 
 @rule("Transpose")
-def transpose(scene: Scene, node: ir.Node) -> None:
+def _transpose(scene: Scene, node: ir.Node) -> None:
     axes = scene.axes(node.inputs[0])
     order = node.attributes.get_ints("perm", tuple(range(len(axes)))[::-1])
     for i, out in zip(order, scene.axes(node.outputs[0]), strict=True):
@@ -310,7 +380,7 @@ def transpose(scene: Scene, node: ir.Node) -> None:
 
 
 @rule("Expand")
-def expand(scene: Scene, node: ir.Node) -> None:
+def _expand(scene: Scene, node: ir.Node) -> None:
     broadcast(scene, node.inputs[0], scene.axes(node.outputs[0]))
     lead = len(scene.axes(node.outputs[0])) - len(scene.axes(node.inputs[0]))
     if lead == 0:
@@ -320,7 +390,7 @@ def expand(scene: Scene, node: ir.Node) -> None:
 
 
 @rule("Tile")
-def tile(scene: Scene, node: ir.Node) -> None:
+def _tile(scene: Scene, node: ir.Node) -> None:
     for mine, other in zip(scene.axes(node.inputs[0]), scene.axes(node.outputs[0]), strict=True):
         times = tuple(o // m for o, m in zip(scene.sizes(other), scene.sizes(mine), strict=True))
         repeat = scene.unifier.fresh(times)
@@ -332,7 +402,7 @@ def tile(scene: Scene, node: ir.Node) -> None:
     "ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceSumSquare",
     "ReduceLogSumExp", "ReduceLogSum",
 )  # fmt: skip
-def reduce(scene: Scene, node: ir.Node) -> None:
+def _reduce(scene: Scene, node: ir.Node) -> None:
     axes, out = scene.axes(node.inputs[0]), list(scene.axes(node.outputs[0]))
     gone = scene.reduced(node)
     if node.attributes.get_int("keepdims", 1):
@@ -342,12 +412,12 @@ def reduce(scene: Scene, node: ir.Node) -> None:
 
 
 @rule("Shape", "Size", "Range", "Constant", "ConstantOfShape", "EyeLike")
-def made(scene: Scene, node: ir.Node) -> None:
+def _made(scene: Scene, node: ir.Node) -> None:
     """Made of sizes: its axes are what later operators say."""
 
 
 @rule("GlobalAveragePool", "GlobalMaxPool")
-def pooled(scene: Scene, node: ir.Node) -> None:
+def _pooled(scene: Scene, node: ir.Node) -> None:
     for mine, other in zip(scene.axes(node.inputs[0])[:2], scene.axes(node.outputs[0])[:2], strict=True):
         scene.unify(mine, other)
 
@@ -357,9 +427,10 @@ def pooled(scene: Scene, node: ir.Node) -> None:
 
 @rule("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
 @rule("SimplifiedLayerNormalization", domain=CONTRIB)
-def norm(scene: Scene, node: ir.Node) -> None:
+def _norm(scene: Scene, node: ir.Node) -> None:
     scene.same(node.inputs[0], node.outputs[0])
-    for value, part in zip(node.inputs[1:], ("scale", "shift"), strict=False):
+    parts: tuple[Part, ...] = ("scale", "shift")
+    for value, part in zip(node.inputs[1:], parts, strict=False):
         if value is not None:
             broadcast(scene, value, scene.axes(node.outputs[0]))
             scene.play(value, part)
@@ -369,7 +440,7 @@ def norm(scene: Scene, node: ir.Node) -> None:
 
 
 @rule("Attention", domain=CONTRIB)
-def fused_attention(scene: Scene, node: ir.Node) -> None:
+def _fused_attention(scene: Scene, node: ir.Node) -> None:
     """One weight for q, k and v, ``hidden -> (q + k + v)``, each by heads."""
     x, weight, *rest = node.inputs
     heads = scene.unifier.fresh((node.attributes.get_int("num_heads", 1),) * scene.unifier.runs)
@@ -387,7 +458,7 @@ def fused_attention(scene: Scene, node: ir.Node) -> None:
     if rest and rest[0] is not None:
         scene.unify(scene.axes(rest[0])[0], scene.axes(weight)[1])
         scene.play(rest[0], "write")
-    if len(rest) > 2 and rest[2] is not None or len(node.outputs) > 1:  # past [2, batch, heads, past, head_dim]
+    if (len(rest) > 2 and rest[2] is not None) or len(node.outputs) > 1:  # past [2, batch, heads, past, head_dim]
         for value in (*rest[2:3], *node.outputs[1:2]):
             if value is not None:
                 scene.unify(scene.axes(value)[2], heads)
@@ -400,7 +471,7 @@ def fused_attention(scene: Scene, node: ir.Node) -> None:
 
 @rule("Attention")
 @rule("MultiHeadAttention", "GroupQueryAttention", domain=CONTRIB)
-def attention(scene: Scene, node: ir.Node) -> None:
+def _attention(scene: Scene, node: ir.Node) -> None:
     """Queries, keys and values as inputs, ``[batch, sequence, heads * head_dim]`` or by heads."""
     q, k, v = (list(node.inputs) + [None] * 3)[:3]
     names = ("q_num_heads", "kv_num_heads") if node.domain != CONTRIB else ("num_heads", "kv_num_heads")
@@ -447,15 +518,15 @@ def attention(scene: Scene, node: ir.Node) -> None:
     for value in scene.added_scores(node):
         if scene.axes(value)[1] != ONE:
             scene.unify(scene.axes(value)[1], heads)
-    for value, dim in scene.caches(node):
+    for value, which in scene.caches(node):
         scene.unify(scene.axes(value)[1], kv_heads)
-        scene.unify(scene.axes(value)[3], dqk if dim == "k" else dv)
+        scene.unify(scene.axes(value)[3], dqk if which == "k" else dv)
     scene.attends(node, heads, kv_heads, dqk, dv)
 
 
 @rule("RotaryEmbedding")
 @rule("RotaryEmbedding", domain=CONTRIB)
-def rotary(scene: Scene, node: ir.Node) -> None:
+def _rotary(scene: Scene, node: ir.Node) -> None:
     """Pairs of entries of each head are turned: half the head apart, or beside each other."""
     scene.same(node.inputs[0], node.outputs[0])
     axis = scene.axes(node.inputs[0])[-1]

@@ -1,8 +1,8 @@
 """The residual stream of a graph: where it lives, and which of its values share a basis.
 
-Size and basis are apart. A norm's output has the size of the stream, and entries that mean something else; so have what
-an activation makes of the stream, and a branch before its layer scale. Values that are added to each other, or that only
-move or scale the stream's entries together, share one basis.
+Size and basis are apart. A norm's output has the size of the stream, and entries that mean something else; so have
+what an activation makes of the stream, and a branch before its layer scale. Values that are added to each other, or
+that only move or scale the stream's entries together, share one basis.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from growkit_onnx.norms import Norm, nodes_of
 from growkit_onnx.rules import ELEMENTWISE, NONLINEAR
 from growkit_specs.layout import Axis, Leaf
 
-ADDED = frozenset({"Add", "Sub", "Sum", "Where", "Concat", "Max", "Min", "Mean"})
+ADDED = frozenset({"Add", "Sub", "Sum", "Where", "Concat", "Mean"})
 """Operators whose inputs must share the basis of their output."""
 
 SCALING = frozenset({"Mul", "Div"})
@@ -76,7 +76,8 @@ class Stream:
             if node.op_type in NONLINEAR and node.op_type not in ADDED:
                 bent += [(value, node) for value in carrying]
             elif node.op_type in SCALING and self._scales_entries(node):
-                continue
+                roots = self.entrywise_roots(node)
+                bent += [(root, node) for root in roots if len(roots) == 1]
             elif self._keeps_basis(node):
                 for value in (*carrying[1:], *node.outputs):
                     if self.carries(value):
@@ -115,6 +116,22 @@ class Stream:
         ]
         return len(lives_there) > 1
 
+    def entrywise_roots(self, node: ir.Node) -> set[ir.Value]:
+        """The stream's values that a node's output is an entry by entry function of: one, of ``x * sigmoid(x)``."""
+        roots: set[ir.Value] = set()
+        todo, seen = list(node.inputs), set()
+        while todo:
+            value = todo.pop()
+            if value is None or value in seen or not self.carries(value):
+                continue
+            seen.add(value)
+            maker = value.producer()
+            if maker is not None and maker.op_type in NONLINEAR | ELEMENTWISE | {"Cast"}:
+                todo += maker.inputs
+            else:
+                roots.add(value)
+        return roots
+
     @staticmethod
     def _keeps_basis(node: ir.Node) -> bool:
         return node.op_type in ADDED | SCALING or node.op_type in _MOVING
@@ -125,6 +142,29 @@ class Stream:
 
 
 _MOVING = frozenset(
-    "Cast CastLike Identity Neg Dropout Reshape Flatten Transpose Squeeze Unsqueeze Slice Split Gather Expand Tile Pad "
-    "ReduceMean ReduceSum CumSum ScatterND ScatterElements GatherND GlobalAveragePool".split()
+    [
+        "Cast",
+        "CastLike",
+        "Identity",
+        "Neg",
+        "Dropout",
+        "Reshape",
+        "Flatten",
+        "Transpose",
+        "Squeeze",
+        "Unsqueeze",
+        "Slice",
+        "Split",
+        "Gather",
+        "Expand",
+        "Tile",
+        "Pad",
+        "ReduceMean",
+        "ReduceSum",
+        "CumSum",
+        "ScatterND",
+        "ScatterElements",
+        "GatherND",
+        "GlobalAveragePool",
+    ]
 )

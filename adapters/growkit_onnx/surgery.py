@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 
 from growkit.matrices import Matrix
-from growkit.model import Model
 from growkit.operator import GrowthOperator
 from growkit_onnx.blocks import Block, Blocks, deepen
 from growkit_onnx.describe import Description
@@ -22,9 +20,8 @@ from growkit_onnx.patch import Resizing
 from growkit_onnx.trial import Trial
 from growkit_specs import LayerGraph, Tensor
 from growkit_specs.layout import Axis, spaces_of
+from growkit_specs.recipe import OutputPolicy
 from growkit_specs.unification import ONE
-
-OutputPolicy = Literal["project", "grow"]
 
 Copies = Mapping[ir.Value, ir.Value]
 """For each value of the new graph the value of the source that it is, or is a copy of."""
@@ -135,7 +132,9 @@ class Surgery:
     # --- norms -------------------------------------------------------------------------------------------------------
 
     def _patch_epsilons(self) -> None:
-        before = {f"{stack.name if stack else ''}/{layer.name}": layer for stack, layer in self.description.graph.walk()}
+        before = {
+            f"{stack.name if stack else ''}/{layer.name}": layer for stack, layer in self.description.graph.walk()
+        }
         for stack, layer in self.target.walk():
             key = f"{stack.name if stack else ''}/{layer.name}"
             if key not in self.description.norms:
@@ -155,8 +154,8 @@ class Surgery:
         if index is None:
             node.attributes["epsilon"] = ir.AttrFloat32("epsilon", epsilon)
             return
-        stored = source.inputs[index]
-        assert stored is not None and (number := self.scene.constant(stored)) is not None
+        number = self.scene.constant(source.inputs[index])
+        assert number is not None
         name = f"{node.name}_epsilon"
         array = np.full_like(number, epsilon)
         value = ir.Value(name=name, shape=ir.Shape(array.shape), const_value=ir.tensor(array, name=name))
@@ -216,7 +215,8 @@ class Surgery:
 
     def _projected(self, index: int, value: ir.Value, axis: int, matrix: Matrix) -> ir.Value:
         """An output multiplied with the read matrix along one axis; it keeps its name and gets its shape back."""
-        assert value.dtype is not None and value.shape is not None
+        assert value.dtype is not None
+        assert value.shape is not None
         name, rank = str(value.name), len(value.shape)
         entries = matrix.as_matrix().T.astype(value.dtype.numpy())
         table = ir.Value(name=f"{name}.read", const_value=ir.tensor(entries, name=f"{name}.read"))
@@ -268,9 +268,7 @@ def _values(graph: ir.Graph) -> Iterator[ir.Value]:
     yield from (value for node in graph for value in node.outputs)
 
 
-def _translated(
-    blocks: Blocks, values: Mapping[ir.Value, ir.Value], nodes: Mapping[ir.Node, ir.Node]
-) -> Blocks:
+def _translated(blocks: Blocks, values: Mapping[ir.Value, ir.Value], nodes: Mapping[ir.Node, ir.Node]) -> Blocks:
     """The same blocks of a copy of their graph."""
 
     def each(old: tuple[ir.Value, ...]) -> tuple[ir.Value, ...]:

@@ -27,7 +27,7 @@ _DTYPES |= {"INT64": "int64", "INT32": "int32", "INT8": "int8", "UINT8": "uint8"
 
 Dimension = int | str
 Reading = Callable[[str, int, Dimension], object]
-"""Which dimensions are one: a key for a dimension of an input, given the input's name, the axis and what it is called."""
+"""Which dimensions are one: a key for a dimension, given its input's name, its axis and what it is called."""
 
 InputSizes = Mapping[tuple[str, int], int]
 """The size of every dynamic dimension, by the input's name and the axis."""
@@ -79,7 +79,7 @@ def _readings(model: ir.Model) -> Iterator[tuple[Reading, list[InputSizes]]]:
     taken = {size for value in graph.initializers.values() for size in _numbers(value)}
     primes = [p for p in _PRIMES if all(size % p or size == 0 for size in taken)] or list(_PRIMES)
     for choice in (primes, list(_SHORT)):
-        for key in (_by_name, _by_axis):
+        for key in (_by_name, _by_axis, _after_cache):
             yield key, [_sized(graph, key, _BATCH[run], choice[run::2]) for run in (0, 1)]
 
 
@@ -98,11 +98,22 @@ def _by_axis(name: str, axis: int, dimension: Dimension) -> object:
     return ("axis", axis)
 
 
+_SEQUENCE, _CACHED = ("axis", 1), ("axis", 2)
+_TOTAL = "total"
+"""A dimension of what was cached and what comes after it."""
+
+
+def _after_cache(name: str, axis: int, dimension: Dimension) -> object:
+    """As by axis, with a mask over the whole length: exporters that name it apart lose that it is a sum."""
+    return _TOTAL if "mask" in name and axis == 1 else _by_axis(name, axis, dimension)
+
+
 def _sized(graph: ir.Graph, key: Reading, batch: int, lengths: Sequence[int]) -> InputSizes:
     """The size of every dynamic dimension of the inputs."""
     sizes: dict[object, int] = {}
     found: dict[tuple[str, int], int] = {}
     sums: list[tuple[tuple[str, int], str]] = []
+    totals: list[tuple[str, int]] = []
     for value in _fed(graph):
         for axis, dimension in enumerate(value.shape or ()):
             if isinstance(dimension, int):
@@ -112,11 +123,16 @@ def _sized(graph: ir.Graph, key: Reading, batch: int, lengths: Sequence[int]) ->
                 sums.append(((str(value.name), axis), text))
                 continue
             which = key(str(value.name), axis, text)
+            if which == _TOTAL:
+                totals.append((str(value.name), axis))
+                continue
             if which not in sizes:
                 sizes[which] = batch if axis == 0 else lengths[len(sizes) % len(lengths)]
             found[str(value.name), axis] = sizes[which]
     for place, text in sums:
         found[place] = _evaluated(text, sizes, lengths[0])
+    for place in totals:
+        found[place] = sizes.get(_SEQUENCE, lengths[0]) + sizes.get(_CACHED, 0)
     return found
 
 

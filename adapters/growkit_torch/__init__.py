@@ -13,7 +13,7 @@ from growkit.adapters import Forward
 from growkit.example import Example
 from growkit.model import Model
 from growkit.operator import GrowthOperator
-from growkit_specs import LayerGraph
+from growkit_specs import InvalidTarget, LayerGraph, Signature
 
 
 class TorchAdapter:
@@ -45,9 +45,20 @@ class TorchAdapter:
 
         return read_config(source)
 
-    def resized(self, origin: Any, graph: LayerGraph, operator: GrowthOperator) -> Any:
-        """The origin of what an operator makes of a model: its config, grown."""
-        return origin.resized(graph, operator)
+    def resized(
+        self, origin: Any, graph: LayerGraph, operator: GrowthOperator, signature: Signature
+    ) -> tuple[LayerGraph, Any]:
+        """The graph, and the origin of what an operator makes of a model: its config, grown.
+
+        Raises:
+            InvalidTarget: Where the config cannot express the sizes, or outputs are to keep theirs.
+        """
+        if signature.outputs == "project" or signature.kv_cache == "refuse":
+            raise InvalidTarget(
+                "the outputs and caches of a PyTorch model grow with its config; leave out outputs 'project' and "
+                "kv_cache 'refuse', which are for ONNX files"
+            )
+        return graph, origin.resized(graph, operator)
 
     def write(
         self,
@@ -80,7 +91,7 @@ class TorchAdapter:
 
         return ModuleForward(model, device)
 
-    def inputs(self, model: Model, seed: int) -> Iterator[dict[str, np.ndarray]]:
+    def inputs(self, model: Model, seed: int, forward: Forward) -> Iterator[dict[str, np.ndarray]]:
         """Inputs that exercise a model."""
         return model.origin.inputs(model.graph, seed)
 

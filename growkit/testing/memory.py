@@ -16,7 +16,7 @@ from growkit.operator import GrowthOperator
 from growkit.reference import reference_forward
 from growkit.verify import generated_inputs
 from growkit.weights import dtype_of
-from growkit_specs import LayerGraph, UnsupportedFormat
+from growkit_specs import LayerGraph, Signature, UnsupportedFormat
 from growkit_specs.layout import axis_size
 
 
@@ -38,9 +38,11 @@ class MemoryAdapter:
         """The model's graph."""
         return self.read(source).graph
 
-    def resized(self, origin: Any, graph: LayerGraph, operator: GrowthOperator) -> Any:
-        """The same origin: every size can be expressed."""
-        return origin
+    def resized(
+        self, origin: Any, graph: LayerGraph, operator: GrowthOperator, signature: Signature
+    ) -> tuple[LayerGraph, Any]:
+        """The same graph and origin: every size can be expressed."""
+        return graph, origin
 
     def write(
         self,
@@ -61,7 +63,7 @@ class MemoryAdapter:
         """The model's arrays by name."""
         return dict(model.weights)
 
-    def inputs(self, model: Model, seed: int) -> Iterator[dict[str, np.ndarray]]:
+    def inputs(self, model: Model, seed: int, forward: Forward) -> Iterator[dict[str, np.ndarray]]:
         """Inputs made from the graph's ports."""
         return generated_inputs(model.graph, seed)
 

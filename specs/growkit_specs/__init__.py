@@ -9,9 +9,9 @@ from growkit_specs.errors import (
     UnsupportedFormat,
     UnsupportedModel,
 )
-from growkit_specs.layer_graph import Layer, LayerGraph, Parameter, Port, Space, Stack, Tensor
+from growkit_specs.layer_graph import Layer, LayerGraph, LayerPort, Parameter, Port, Space, Stack, Tensor
 from growkit_specs.layout import Axis, Concatenation, Fixed, Layout, Leaf, Product, parse_layout
-from growkit_specs.recipe import LayerMap, Recipe, Target, fresh_scale, layer_maps
+from growkit_specs.recipe import LayerMap, Recipe, Signature, Target, fresh_scale, layer_maps
 
 __all__ = [
     "Architecture",
@@ -24,6 +24,7 @@ __all__ = [
     "Layer",
     "LayerGraph",
     "LayerMap",
+    "LayerPort",
     "Layout",
     "LayoutError",
     "Leaf",
@@ -31,6 +32,7 @@ __all__ = [
     "Port",
     "Product",
     "Recipe",
+    "Signature",
     "Space",
     "Stack",
     "Target",

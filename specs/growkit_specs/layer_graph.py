@@ -42,11 +42,13 @@ class Space(Spec):
         kind: Which maps keep the function. ``residual``: constrained by its norms; ``pointwise``: behind an
             elementwise nonlinearity, so selections only; ``scores``: a query-key dimension; ``linear``: read linearly
             and nothing else; ``fixed``: tokens, positions, labels, pixels.
+        frozen: Why it cannot grow where the model came from; None where nothing there says so.
     """
 
     name: str
     size: int = Field(ge=1)
     kind: SpaceKind
+    frozen: str | None = None
 
 
 class Parameter(Spec):
@@ -112,8 +114,8 @@ class Layer(Spec):
         attributes: Facts of the computation: ``norm`` (``rms`` or ``layer``), ``position`` (``pre``: the output goes
             to readers; ``post``: the output is the stream; ``branch``: the output is added to the stream), ``epsilon``,
             ``offset`` (what a norm adds to its stored scale), ``hidden_power`` (the power of the size of ``hidden``
-            that multiplies what the layer writes into it, or reads of it), ``activation``, ``output_activation`` (what the output goes through before it
-            is written), ``rope``, ``causal``, ...
+            that multiplies what the layer writes into it, or reads of it), ``activation``,
+            ``output_activation`` (what the output goes through before it is written), ``rope``, ``causal``, ...
     """
 
     name: str
@@ -185,6 +187,22 @@ class Port(Spec):
     through: str | None = None
 
 
+class LayerPort(Spec):
+    """An input or an output that every layer of a stack has one of: keys or values that it keeps from call to call.
+
+    Attributes:
+        stack: The stack.
+        names: Its name in each layer.
+        axes: Its axes in the notation; empty where an axis is of no space, such as the batch.
+        bases: The bases of its head axis, as :attr:`Parameter.bases`.
+    """
+
+    stack: str
+    names: tuple[str, ...]
+    axes: tuple[str, ...]
+    bases: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class Tensor:
     """One concrete tensor of a model.
@@ -239,6 +257,8 @@ class LayerGraph(Spec):
     head: tuple[Layer, ...] = ()
     inputs: tuple[Port, ...] = ()
     outputs: tuple[Port, ...] = ()
+    layer_inputs: tuple[LayerPort, ...] = ()
+    layer_outputs: tuple[LayerPort, ...] = ()
     attributes: dict[str, Scalar] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -268,6 +288,12 @@ class LayerGraph(Spec):
         for port in self.outputs:
             if port.through is not None:
                 self.norm(port.through, None)
+        for each in (*self.layer_inputs, *self.layer_outputs):
+            if len(each.names) != self.depths.get(each.stack):
+                raise ValueError(
+                    f"{', '.join(each.names)}: expected one for each of the {self.depths.get(each.stack)} layers of "
+                    f"'{each.stack}', got {len(each.names)}"
+                )
         return self
 
     @cached_property
@@ -379,6 +405,8 @@ class LayerGraph(Spec):
             depths: New depths of stacks.
             untied: The names of tied parameters that get a tensor of their own.
             epsilons: New values of norms' epsilons, by the config key that holds them.
+
+        Layer ports of a stack that changes its depth are left out: how new ones are called is the format's to say.
         """
 
         def adapted(layer: Layer) -> Layer:
@@ -386,6 +414,9 @@ class LayerGraph(Spec):
             epsilon = (epsilons or {}).get(str(layer.attributes.get("epsilon_key")))
             attributes = layer.attributes if epsilon is None else {**layer.attributes, "epsilon": epsilon}
             return layer.model_copy(update={"parameters": freed, "attributes": attributes})
+
+        def kept(ports: tuple[LayerPort, ...]) -> tuple[LayerPort, ...]:
+            return tuple(port for port in ports if len(port.names) == depths.get(port.stack, len(port.names)))
 
         return self.model_copy(
             update={
@@ -396,6 +427,8 @@ class LayerGraph(Spec):
                     for s in self.stacks
                 ),
                 "head": tuple(map(adapted, self.head)),
+                "layer_inputs": kept(self.layer_inputs),
+                "layer_outputs": kept(self.layer_outputs),
             }
         ).revalidated()
 

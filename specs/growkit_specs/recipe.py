@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import BeforeValidator, ValidationError
@@ -178,6 +178,37 @@ class Target(Spec):
         return cls.of(**sizes)
 
 
+OutputPolicy = Literal["project", "grow"]
+"""What becomes of an output that lives in a space that grows: brought back to its size, or left to grow."""
+
+CachePolicy = Literal["grow", "refuse"]
+"""What becomes of cached keys and values among the inputs and outputs: they grow, or such growth is refused."""
+
+
+class Signature(Spec):
+    """What becomes of a model's inputs and outputs; None leaves it to the format.
+
+    Attributes:
+        outputs: Outputs that live in a space that grows.
+        kv_cache: Cached keys and values.
+    """
+
+    outputs: OutputPolicy | None = None
+    kv_cache: CachePolicy | None = None
+
+    @classmethod
+    def of(cls, outputs: str | None = None, kv_cache: str | None = None) -> Signature:
+        """A signature's policies by name.
+
+        Raises:
+            InvalidTarget: For a policy that there is not.
+        """
+        try:
+            return cls.model_validate({"outputs": outputs, "kv_cache": kv_cache})
+        except ValidationError as error:
+            raise InvalidTarget(f"{first_problem(error)}, got {error.errors()[0]['input']!r}") from None
+
+
 class Recipe(Spec):
     """Everything a growth needs: ``growkit run RECIPE.yaml`` does it, and every grown model stores its own.
 
@@ -194,6 +225,8 @@ class Recipe(Spec):
         score_scale: A factor on the attention scores of repeated layers.
         dtype: The element type of the grown weights; ``keep`` is the source's.
         check: Whether the grown model is verified against the source before it is put in place.
+        outputs: What becomes of outputs that live in a space that grows; None leaves it to the format.
+        kv_cache: What becomes of cached keys and values among the inputs; None leaves it to the format.
     """
 
     source: str
@@ -211,6 +244,13 @@ class Recipe(Spec):
     score_scale: float | None = None
     dtype: str = "keep"
     check: bool = False
+    outputs: OutputPolicy | None = None
+    kv_cache: CachePolicy | None = None
+
+    @property
+    def signature(self) -> Signature:
+        """What becomes of the inputs and outputs."""
+        return Signature(outputs=self.outputs, kv_cache=self.kv_cache)
 
     def to_yaml(self) -> str:
         """The recipe as YAML text; what was left to its default is left out, but for method and seed."""

@@ -1,9 +1,10 @@
 """Axes with unknown spaces, made equal step by step: how the axis notation is inferred instead of written down.
 
-The algebra is that of :mod:`growkit_specs.layout`: an axis is a product or a concatenation of spaces. An unknown space is
-a :class:`Leaf` with a made-up name. Where two axes turn out to be one, their spaces become one, and where a product
-meets a coarser one the coarser space is refined: 24 against 4 x 6 makes the 24 a product. It is position in storage that
-decides, never a coincidence of sizes, so a reshape that says nothing about its meaning still says which factor is which.
+The algebra is that of :mod:`growkit_specs.layout`: an axis is a product or a concatenation of spaces. An unknown space
+is a :class:`Leaf` with a made-up name. Where two axes turn out to be one, their spaces become one, and where a product
+meets a coarser one the coarser space is refined: 24 against 4 x 6 makes the 24 a product. It is position in storage
+that decides, never a coincidence of sizes, so a reshape that says nothing about its meaning still says which factor is
+which.
 
 An axis may be seen at several sizes at once, those of several trial runs; what differs between them is dynamic (batch,
 sequence) and what is refined must divide in each.

@@ -44,8 +44,8 @@ class _Planned:
 
     name = "planned"
 
-    def resized(self, origin: Any, graph: Any, operator: Any) -> Any:
-        return origin
+    def resized(self, origin: Any, graph: Any, operator: Any, signature: Any) -> Any:
+        return graph, origin
 
 
 def test_a_scratch_model_of_the_same_size_is_told_for_what_it_is() -> None:
