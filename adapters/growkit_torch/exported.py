@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from growkit.adapters import Adapter, adapters
+from growkit.adapters import Adapter, Forward, adapters
 from growkit.example import Example
 from growkit.model import LazyWeights, Model
 from growkit.operator import GrowthOperator
@@ -26,6 +26,7 @@ from growkit_specs import (
     InvalidTarget,
     Layer,
     LayerGraph,
+    Signature,
     Stack,
     Tensor,
     UnsupportedFormat,
@@ -46,15 +47,12 @@ class ExportedOrigin:
         example: The module, the inputs it runs on, and what builds larger ones.
         graph: The layer graph in the names of the module's state.
         exported: The exported model, as the ONNX adapter read it.
-        made: The spaces of tensors that the module makes by itself, and one such tensor for each: its entries would
-            be others at another size.
         operator: What grows it; None of a model that was read.
     """
 
     example: Example
     graph: LayerGraph
     exported: Model
-    made: Mapping[str, str]
     operator: GrowthOperator | None = None
 
     path = None
@@ -82,19 +80,19 @@ class ExportedOrigin:
         """
         if self.operator is not None:
             raise InvalidTarget("this model was grown in memory; read the larger module to grow it further")
-        for space, name in self.made.items():
-            if graph.sizes[space] != self.graph.sizes[space]:
+        for space in self.graph.spaces:
+            if graph.sizes[space.name] != space.size and space.frozen is not None:
                 raise InvalidTarget(
-                    f"{space} cannot grow from {self.graph.sizes[space]} to {graph.sizes[space]}: the module makes "
-                    f"{name} by itself, which is not in its state; ask for {space}={self.graph.sizes[space]}"
+                    f"{space.name} cannot grow from {space.size} to {graph.sizes[space.name]}: {space.frozen}; to leave "
+                    f"it, ask for {space.name}={space.size}"
                 )
         same = self.exported.graph.resized(graph.sizes, graph.depths)
-        self.exported.adapter.resized(self.exported.origin, same, operator)
+        self.exported.adapter.resized(self.exported.origin, same, operator, Signature())
         return replace(self, operator=operator)
 
-    def inputs(self, graph: LayerGraph, seed: int) -> Iterator[dict[str, np.ndarray]]:
+    def inputs(self, graph: LayerGraph, seed: int, forward: Forward) -> Iterator[dict[str, np.ndarray]]:
         """Inputs as the exported graph takes them."""
-        return self.exported.adapter.inputs(self.exported, seed)
+        return self.exported.adapter.inputs(self.exported, seed, forward)
 
     def build(self, model: Model, state: Mapping[str, Any], dtype: Any) -> Any:
         """The module, or a larger one with the tensors of ``state``.
@@ -191,10 +189,9 @@ def read_example(adapter: Adapter, example: Example) -> Model:
     exported = _read_as_onnx(example)
     module = example.module
     state = module.state_dict()
-    naming = _Naming(exported, module)
-    graph = naming.graph()
+    graph = _Naming(exported, module).graph()
     weights = LazyWeights({tensor.name: state[tensor.name] for tensor in graph.tensors()}, as_numpy)
-    return Model(graph, weights, adapter, ExportedOrigin(example, graph, exported, naming.made))
+    return Model(graph, weights, adapter, ExportedOrigin(example, graph, exported))
 
 
 def write_onnx(
@@ -213,7 +210,7 @@ def write_onnx(
     """
     import torch
 
-    inputs = next(iter(model.adapter.inputs(model, 0)))
+    inputs = next(model.origin.inputs(model.graph, 0, lambda given: given))
     example = Example.of(model.to_torch(), {name: torch.from_numpy(value) for name, value in inputs.items()})
     exported = replace(_read_as_onnx(example), growth=model.growth)
     exported.adapter.write(exported, exported.origin, destination, progress, check)
@@ -265,21 +262,25 @@ class _Naming:
         self.state = module.state_dict()
         self.first = shared_names(self.state)
         self.holders: dict[str, str] = {}
-        self.made: dict[str, str] = {}
+        self.frozen: dict[str, str] = {}
         heads = exported.origin.description.names.leaves("head_dim")
         self.is_rotary = any(len(factors) > 1 or not isinstance(factors[0], Leaf) for factors in heads)
 
     def graph(self) -> LayerGraph:
         told = self.exported.graph
-        named = told.model_copy(
-            update={
-                "architecture": "exported",
-                "attributes": {**told.attributes, "class": type(self.module).__name__},
-                "stem": self.layers(told.stem, None),
-                "stacks": tuple(s.model_copy(update={"layers": self.layers(s.layers, s)}) for s in told.stacks),
-                "head": self.layers(told.head, None),
-            }
-        ).revalidated()
+        layers: dict[str, Any] = {
+            "stem": self.layers(told.stem, None),
+            "stacks": tuple(s.model_copy(update={"layers": self.layers(s.layers, s)}) for s in told.stacks),
+            "head": self.layers(told.head, None),
+        }
+        facts = {
+            "architecture": "exported",
+            "attributes": {**told.attributes, "class": type(self.module).__name__},
+            "spaces": tuple(
+                s.model_copy(update={"frozen": s.frozen or self.frozen.get(s.name)}) for s in told.spaces
+            ),
+        }
+        named = told.model_copy(update=layers | facts).revalidated()
         return _with_settable_epsilons(named, self.module)
 
     def layers(self, layers: Sequence[Layer], stack: Stack | None) -> tuple[Layer, ...]:
@@ -291,7 +292,8 @@ class _Naming:
         for parameter in layer.parameters:
             name = self.name(parameter.name, stack)
             if name is None:
-                self.made |= dict.fromkeys(parameter.parsed.spaces, parameter.name)
+                reason = f"the module makes {parameter.name} by itself, which is not in its state"
+                self.frozen |= dict.fromkeys(parameter.parsed.spaces, reason)
                 continue
             tied = self.holders.get(name)
             own = self.alias(name) if tied else name
