@@ -32,7 +32,6 @@ from growkit_specs import (
     UnsupportedFormat,
     UnsupportedModel,
 )
-from growkit_specs.layout import Leaf
 from growkit_torch.read import as_numpy, shared_names
 
 NUMBER = "{layer}"
@@ -83,8 +82,8 @@ class ExportedOrigin:
         for space in self.graph.spaces:
             if graph.sizes[space.name] != space.size and space.frozen is not None:
                 raise InvalidTarget(
-                    f"{space.name} cannot grow from {space.size} to {graph.sizes[space.name]}: {space.frozen}; to leave "
-                    f"it, ask for {space.name}={space.size}"
+                    f"{space.name} cannot grow from {space.size} to {graph.sizes[space.name]}: {space.frozen}; to "
+                    f"leave it, ask for {space.name}={space.size}"
                 )
         same = self.exported.graph.resized(graph.sizes, graph.depths)
         self.exported.adapter.resized(self.exported.origin, same, operator, Signature())
@@ -263,8 +262,7 @@ class _Naming:
         self.first = shared_names(self.state)
         self.holders: dict[str, str] = {}
         self.frozen: dict[str, str] = {}
-        heads = exported.origin.description.names.leaves("head_dim")
-        self.is_rotary = any(len(factors) > 1 or not isinstance(factors[0], Leaf) for factors in heads)
+        self.is_rotary = exported.origin.is_divided("head_dim")
 
     def graph(self) -> LayerGraph:
         told = self.exported.graph
@@ -276,9 +274,7 @@ class _Naming:
         facts = {
             "architecture": "exported",
             "attributes": {**told.attributes, "class": type(self.module).__name__},
-            "spaces": tuple(
-                s.model_copy(update={"frozen": s.frozen or self.frozen.get(s.name)}) for s in told.spaces
-            ),
+            "spaces": tuple(s.model_copy(update={"frozen": s.frozen or self.frozen.get(s.name)}) for s in told.spaces),
         }
         named = told.model_copy(update=layers | facts).revalidated()
         return _with_settable_epsilons(named, self.module)
@@ -310,18 +306,17 @@ class _Naming:
         """The first name that the module has for a parameter; None for what it makes by itself.
 
         Raises:
-            UnsupportedModel: Where only some layers have it.
+            UnsupportedModel: Where its layers' names do not follow their numbers.
         """
-        plain = name.rstrip("'")
         layers = range(stack.depth) if stack is not None and not stack.shared else range(1)
-        names = [plain.replace(NUMBER, str(i)) for i in layers]
-        missing = [name for name in names if name not in self.state]
-        if len(missing) == len(names):
+        own = [self.exported.origin.initializer(name.replace(NUMBER, str(i))) for i in layers]
+        if not self.state.keys() & set(own):
             return None
-        if missing:
+        plain = name.rstrip("'") if NUMBER in name else own[0]
+        if own != [plain.replace(NUMBER, str(i)) for i in layers] or not self.state.keys() >= set(own):
             raise UnsupportedModel(
-                f"{type(self.module).__name__}: no {missing[0]} beside {(set(names) - set(missing)).pop()}; expected "
-                "blocks that are numbered from 0 in the names of their parameters"
+                f"{type(self.module).__name__}: expected blocks that are numbered from 0 in the names of their "
+                f"parameters, got {', '.join(own[:3])}"
             )
         return self.first.get(plain, plain)
 
@@ -391,8 +386,8 @@ def _fill(module: Any, state: Mapping[str, Any], graph: LayerGraph) -> None:
     missing = next((key for key, _ in module.named_parameters() if key not in state), None)
     if missing is not None:
         raise GrowkitError(
-            f"the built {name} has {missing} {list(own[missing].shape)}, for which the source has nothing of that shape; "
-            f"expected a module of {sizes}"
+            f"the built {name} has {missing} {list(own[missing].shape)}, for which the source has nothing of that "
+            f"shape; expected a module of {sizes}"
         )
     for alias, first in shared_names(own).items():
         if alias in layouts and first in layouts:
