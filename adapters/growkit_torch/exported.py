@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ import numpy as np
 
 from growkit.adapters import Adapter, Forward, adapters
 from growkit.example import Example
-from growkit.model import LazyWeights, Model
+from growkit.model import Growth, LazyWeights, Model
 from growkit.operator import GrowthOperator
 from growkit_specs import (
     GrowkitError,
@@ -125,7 +126,7 @@ class ExportedOrigin:
                 f"nothing says how a larger {self.class_name} is made; give growkit.read a function build, or load the "
                 "weights into one: dict(large.weights)"
             )
-        module = self.example.build(graph)
+        module = self.example.build(graph).to(next(iter(state.values())).dtype)
         _fill(module, {**self._carried(module), **self._by_every_name(graph, state)}, graph)
         self._set_epsilons(module, graph)
         return module
@@ -211,8 +212,17 @@ def write_onnx(
 
     inputs = next(model.origin.inputs(model.graph, 0, lambda given: given))
     example = Example.of(model.to_torch(), {name: torch.from_numpy(value) for name, value in inputs.items()})
-    exported = replace(_read_as_onnx(example), growth=model.growth)
+    exported = replace(_read_as_onnx(example), growth=_told_from(model, destination))
     exported.adapter.write(exported, exported.origin, destination, progress, check)
+
+
+def _told_from(model: Model, destination: Path) -> Growth | None:
+    """How a model was grown, as it is told beside a file: its source's path starts there."""
+    growth = model.growth
+    if growth is None or growth.recipe is None or model.origin.path is None:
+        return growth
+    source = os.path.relpath(model.origin.path, destination.parent)
+    return replace(growth, recipe=growth.recipe.model_copy(update={"source": source}))
 
 
 def refuse_directory(origin: ExportedOrigin, destination: Path) -> None:
@@ -277,7 +287,7 @@ class _Naming:
             "spaces": tuple(s.model_copy(update={"frozen": s.frozen or self.frozen.get(s.name)}) for s in told.spaces),
         }
         named = told.model_copy(update=layers | facts).revalidated()
-        return _with_settable_epsilons(named, self.module)
+        return _with_own_epsilons(named, self.module)
 
     def layers(self, layers: Sequence[Layer], stack: Stack | None) -> tuple[Layer, ...]:
         """The layers of a block that hold parameters of the module."""
@@ -330,36 +340,46 @@ class _Naming:
         return alias
 
 
-def _with_settable_epsilons(graph: LayerGraph, module: Any) -> LayerGraph:
-    """The graph without the epsilon keys of norms whose module holds no epsilon that could follow a growth."""
-    fixed = {
-        tensor.owner.name
+def _with_own_epsilons(graph: LayerGraph, module: Any) -> LayerGraph:
+    """The graph with the epsilons that the module holds; those that it does not hold cannot follow a growth.
+
+    A file holds them in float32.
+    """
+    own = {
+        tensor.key.rpartition("/")[0]: next(iter(_epsilons(module, tensor).values()), None)
         for tensor in graph.tensors(tied=True)
-        if tensor.owner.kind == "norm" and not _epsilons(module, tensor)
+        if tensor.owner.kind == "norm"
     }
 
-    def settled(layers: Sequence[Layer]) -> tuple[Layer, ...]:
-        return tuple(
-            layer.model_copy(update={"attributes": {k: v for k, v in layer.attributes.items() if k != "epsilon_key"}})
-            if layer.name in fixed
-            else layer
-            for layer in layers
-        )
+    def settled(layers: Sequence[Layer], stack: str) -> tuple[Layer, ...]:
+        return tuple(_with_epsilon(layer, own.get(f"{stack}/{layer.name}")) for layer in layers)
 
-    stacks = tuple(stack.model_copy(update={"layers": settled(stack.layers)}) for stack in graph.stacks)
-    update = {"stem": settled(graph.stem), "stacks": stacks, "head": settled(graph.head)}
+    stacks = tuple(s.model_copy(update={"layers": settled(s.layers, s.name)}) for s in graph.stacks)
+    update = {"stem": settled(graph.stem, ""), "stacks": stacks, "head": settled(graph.head, "")}
     return graph.model_copy(update=update).revalidated()
 
 
-def _epsilons(module: Any, tensor: Tensor) -> list[str]:
-    """The attributes that hold the epsilon of the norm that a tensor belongs to."""
+def _with_epsilon(norm: Layer, epsilon: float | None) -> Layer:
+    """A norm with another epsilon; with none it has no key by which it could be changed."""
+    if norm.kind != "norm":
+        return norm
+    attributes = dict(norm.attributes)
+    if epsilon is None:
+        attributes.pop("epsilon_key", None)
+    else:
+        attributes["epsilon"] = epsilon
+    return norm.model_copy(update={"attributes": attributes})
+
+
+def _epsilons(module: Any, tensor: Tensor) -> dict[str, float]:
+    """The attributes that hold the epsilon of the norm that a tensor belongs to, and their values."""
     holder = module.get_submodule(tensor.name.rpartition(".")[0])
     epsilon = float(tensor.owner.attributes.get("epsilon") or 0)
-    return [
-        name
+    return {
+        name: value
         for name, value in vars(holder).items()
         if isinstance(value, float) and math.isclose(value, epsilon, rel_tol=1e-5)
-    ]
+    }
 
 
 # --- a larger module -------------------------------------------------------------------------------------------------
