@@ -73,6 +73,11 @@ def as_torch(tensor: ir.TensorProtocol, where: str) -> Tensor:
     )
 
 
+def data_type(dtype: torch.dtype) -> ir.DataType:
+    """The ONNX element type of a torch type."""
+    return next(ir.DataType(each) for each, held in DTYPES.items() if held == dtype)
+
+
 def as_numpy(tensor: Tensor) -> np.ndarray:
     """The numbers of a tensor; of bfloat16, which numpy lacks, as float32."""
     array: np.ndarray = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()

@@ -23,6 +23,9 @@ Rule = Callable[["Scene", ir.Node], None]
 RULES: dict[tuple[str, str], Rule] = {}
 CONTRIB = "com.microsoft"
 
+READ = "growkit.read"
+"""The mark, in an Identity's metadata, of where a stream is read back: behind it everything keeps its size."""
+
 ELEMENTWISE = frozenset(
     [
         "Add",
@@ -157,6 +160,11 @@ def broadcast(scene: Scene, value: ir.Value | None, to: Axes) -> None:
 @rule(*(NONLINEAR - ELEMENTWISE - {"BiasGelu", "FastGelu", "QuickGelu"}), *PASSING)
 @rule("Gelu", "QuickGelu", domain=CONTRIB)
 def _unary(scene: Scene, node: ir.Node) -> None:
+    if READ in node.metadata_props:
+        for mine, other in zip(scene.axes(node.inputs[0]), scene.axes(node.outputs[0]), strict=True):
+            if scene.is_dynamic(mine):
+                scene.unify(mine, other)
+        return
     scene.same(node.inputs[0], node.outputs[0])
     scene.derive(node.inputs[0], node.outputs[0])
 
