@@ -113,8 +113,8 @@ def adapter_for(source: Any) -> Adapter:
             else "not a model"
         )
         raise UnsupportedModel(
-            f"{path}: {what}; expected a model directory with config.json and safetensors, or an .onnx "
-            "file")
+            f"{path}: {what}; expected a model directory with config.json and safetensors, or an .onnx file"
+        )
     raise UnsupportedModel(f"an object of type {type(source).__name__} is no model that an installed adapter reads")
 
 

@@ -18,7 +18,17 @@ from growkit.methods import Depth, Method, Refinement, SpaceGrowth, chosen
 from growkit.model import Model
 from growkit.operator import Expansion, Fresh, GrowthOperator, unchanged
 from growkit.verdict import Verdict, tie_factor, variances, verdict
-from growkit_specs import InvalidTarget, LayerGraph, LayerMap, Recipe, Signature, Target, evaluate, fresh_scale, layer_maps
+from growkit_specs import (
+    InvalidTarget,
+    LayerGraph,
+    LayerMap,
+    Recipe,
+    Signature,
+    Target,
+    evaluate,
+    fresh_scale,
+    layer_maps,
+)
 from growkit_specs.layer_graph import norm_key
 
 

@@ -99,7 +99,9 @@ class GraphForward:
                 for tensor in self.model.graph.tensors()
             }
             self._executor = Executor(graph, device="cuda" if self.provider == _PROVIDERS["cuda"] else "cpu")
-        held = {holder: weights[name] for name, holders in self._holders.items() if name in weights for holder in holders}
+        held = {
+            holder: weights[name] for name, holders in self._holders.items() if name in weights for holder in holders
+        }
         known = self._executor.graph.initializers
         return self._executor(inputs, {name: tensor for name, tensor in held.items() if name in known})
 
@@ -145,7 +147,9 @@ def random_inputs(model: Model, seed: int, forward: Forward) -> Iterator[dict[st
     ran = False
     for batch, lengths, padded in _tried(min([16, *(size // 2 for size in _table_sizes(origin) if size >= 8)])):
         shapes = origin.trial.shapes(batch, lengths)
-        inputs = {name: _drawn(origin, value, shapes[name], rng, padded=padded) for name, value in _given(origin).items()}
+        inputs = {
+            name: _drawn(origin, value, shapes[name], rng, padded=padded) for name, value in _given(origin).items()
+        }
         try:
             forward(inputs)
         except GrowkitError as error:

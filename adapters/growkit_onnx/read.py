@@ -109,7 +109,14 @@ class Origin:
         """The surgery that makes the grown model's graph."""
         assert self.target is not None and self.operator is not None
         return Surgery(
-            self.model, self.normalised, self.scene, self.description, self.trial, self.operator, self.target, self.outputs
+            self.model,
+            self.normalised,
+            self.scene,
+            self.description,
+            self.trial,
+            self.operator,
+            self.target,
+            self.outputs,
         )
 
 
@@ -145,7 +152,9 @@ def _described(model: ir.Model, description: Description, scene: Scene) -> Descr
 
 def _refuse_caches(changes: Mapping[str, Sequence[str]]) -> None:
     if any(changes.values()):
-        what = ", ".join([*changes["spaces"], *(["the number of layers"] if changes["inputs"] or changes["outputs"] else [])])
+        what = ", ".join(
+            [*changes["spaces"], *(["the number of layers"] if changes["inputs"] or changes["outputs"] else [])]
+        )
         raise InvalidTarget(
             f"the cached keys and values among the inputs and outputs change with {what}; leave out kv_cache 'refuse', "
             "or ask for sizes that leave them"

@@ -37,7 +37,9 @@ def write_model(
         GrowkitError: Where it cannot be written; nothing is left behind.
     """
     if destination.suffix != ".onnx":
-        raise GrowkitError(f"{destination}: expected a name that ends in .onnx, as an ONNX file has; nothing was written")
+        raise GrowkitError(
+            f"{destination}: expected a name that ends in .onnx, as an ONNX file has; nothing was written"
+        )
     texts = _texts(model, like, destination)
     beside = [sidecar(destination).name, operator_beside(destination).name, *texts]
     with staged_files(destination, model.bytes, beside=beside) as folder:
