@@ -70,8 +70,9 @@ class GraphForward:
         if self._session is None:
             options = ort.SessionOptions()
             options.log_severity_level = 4
+            path = self._path()
             try:
-                self._session = ort.InferenceSession(str(self._path()), options, providers=[self.provider])
+                self._session = ort.InferenceSession(str(path), options, providers=[self.provider])
             except Exception as error:  # the runtime's errors share no base class
                 raise GrowkitError(f"ONNX Runtime cannot load the model: {_line(error)}") from None
         return self._session
