@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir as ir
 
+from growkit_onnx.operation import as_numpy
 from growkit_onnx.rules import CONTRIB, Axes, rule_of
 from growkit_specs.layout import Axis
 from growkit_specs.unification import ONE, Conflict, Sizes, Unifier
@@ -123,7 +124,7 @@ class Scene:
         """The entries of a value that are the same in every run; None where they are not, or not known."""
         if value is None or any(run[value].is_meta for run in self.runs):
             return None
-        found = [np.asarray(run[value]) for run in self.runs]
+        found = [as_numpy(run[value]) for run in self.runs]
         same = all(f.shape == found[0].shape and np.array_equal(f, found[0]) for f in found)
         return found[0] if same else None
 

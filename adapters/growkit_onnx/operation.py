@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import torch
@@ -71,6 +72,15 @@ def as_torch(tensor: ir.TensorProtocol, where: str) -> Tensor:
     return torch.from_numpy(array.astype(np.int64) if array.dtype in (np.uint16, np.uint32, np.uint64) else array).to(
         dtype
     )
+
+
+def as_numpy(tensor: Tensor) -> np.ndarray:
+    """The numbers of a tensor; numpy knows bfloat16 by way of ml_dtypes."""
+    if tensor.dtype == torch.bfloat16:
+        viewed: np.ndarray = tensor.cpu().contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return viewed
+    array: np.ndarray = tensor.detach().cpu().numpy()
+    return array
 
 
 def named(node: ir.Node) -> str:

@@ -21,6 +21,7 @@ import torch
 from growkit_onnx.describe import Names
 from growkit_onnx.execute import Executor, run_node
 from growkit_onnx.infer import Scene
+from growkit_onnx.operation import as_numpy
 from growkit_onnx.operators import constant
 from growkit_onnx.rules import CONTRIB
 from growkit_specs import GrowkitError, InvalidTarget
@@ -130,7 +131,7 @@ class Resizing:
         """The entries of a value that are the same in every run; None where they are not, or not known."""
         if value is None or any(value not in run or run[value].is_meta for run in self.runs):
             return None
-        found = [np.asarray(run[value]) for run in self.runs]
+        found = [as_numpy(run[value]) for run in self.runs]
         same = all(f.shape == found[0].shape and np.array_equal(f, found[0]) for f in found)
         return found[0] if same else None
 
