@@ -101,9 +101,7 @@ def _written(source: LayerGraph, operator: GrowthOperator, port: LayerPort, arra
     if not axes:
         return array
     normed = any(
-        layer.kind == "norm"
-        and parameter.bases == port.bases
-        and set(parameter.parsed.spaces) & set(_spaces(port))
+        layer.kind == "norm" and parameter.bases == port.bases and set(parameter.parsed.spaces) & set(_spaces(port))
         for _, layer in source.walk()
         for parameter in layer.parameters
     )

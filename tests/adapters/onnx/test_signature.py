@@ -70,7 +70,9 @@ def test_caches_grow_with_heads_and_layers(name: str, tmp_path: Path) -> None:
         """The shapes that are expected: the cache's of five layers, layer by layer, behind everything else."""
         old = shapes(values)
         others = {name: shape for name, shape in old.items() if not name.startswith(prefix)}
-        cached = {f"{prefix}.{i}.{part}": list(old[f"{prefix}.0.{part}"]) for i in range(5) for part in ("key", "value")}
+        cached = {
+            f"{prefix}.{i}.{part}": list(old[f"{prefix}.0.{part}"]) for i in range(5) for part in ("key", "value")
+        }
         for shape in cached.values():
             shape[1] = count
         return others | cached
@@ -145,6 +147,14 @@ def test_inputs_are_drawn_where_a_model_runs() -> None:
     drawn = list(source.adapter.inputs(source, 0, source.adapter.forward(source, "cpu")))
     assert [inputs["input_ids"].shape for inputs in drawn] == [(1, 16), (3, 1)]
     assert all(inputs["past_key_values.0.key"].shape[2] > 1 for inputs in drawn)
+
+
+def test_what_the_runtime_cannot_run_is_compared_in_torch(tmp_path: Path) -> None:
+    """ONNX Runtime has no bfloat16 on a CPU."""
+    source, out = written("llama-dynamo18-bf16-eager", tmp_path, hidden=36, layers=5)
+    report = growkit.verify(source, growkit.read(out), device="cpu")
+    assert report.preserved
+    assert report.max_abs_diff > 0
 
 
 def test_a_model_that_runs_nowhere_says_so() -> None:
@@ -232,7 +242,9 @@ def test_a_config_that_is_not_json_is_refused(decoder: Path, tmp_path: Path) -> 
 # --- external data ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "external"), [("llama-dynamo18-external-eager", True), ("llama-dynamo18-sdpa", False)])
+@pytest.mark.parametrize(
+    ("name", "external"), [("llama-dynamo18-external-eager", True), ("llama-dynamo18-sdpa", False)]
+)
 def test_weights_stay_where_they_were(name: str, external: bool, tmp_path: Path) -> None:
     _, out = written(name, tmp_path, hidden=36)
     assert (tmp_path / "large.onnx.data").exists() is external
