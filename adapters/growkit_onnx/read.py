@@ -107,7 +107,8 @@ class Origin:
 
     def surgery(self) -> Surgery:
         """The surgery that makes the grown model's graph."""
-        assert self.target is not None and self.operator is not None
+        assert self.target is not None
+        assert self.operator is not None
         return Surgery(
             self.model,
             self.normalised,

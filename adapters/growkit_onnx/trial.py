@@ -28,7 +28,7 @@ _DTYPES |= {"INT64": "int64", "INT32": "int32", "INT8": "int8", "UINT8": "uint8"
 
 Dimension = int | str
 Reading = Callable[[str, int, Dimension], object]
-"""Which dimensions are one: a key for a dimension of an input, given the input's name, the axis and what it is called."""
+"""Which dimensions are one: a key for a dimension of an input, given its name, the axis and what that is called."""
 
 InputSizes = Mapping[tuple[str, int], int]
 """The size of every dynamic dimension, by the input's name and the axis."""

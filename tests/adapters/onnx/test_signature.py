@@ -137,7 +137,7 @@ def test_a_torch_model_keeps_no_output_its_size(llama: Path) -> None:
 
 
 def test_element_types_stay() -> None:
-    with pytest.raises(InvalidTarget, match="an ONNX file keeps its element types.*got float16 for float32"):
+    with pytest.raises(InvalidTarget, match=r"an ONNX file keeps its element types.*got float16 for float32"):
         growkit.grow(growkit.read(made(ENCODER)), hidden=48, dtype="float16")
 
 
@@ -234,7 +234,7 @@ def test_a_config_is_never_overwritten(decoder: Path) -> None:
 
 def test_a_config_that_is_not_json_is_refused(decoder: Path, tmp_path: Path) -> None:
     decoder.with_name("genai_config.json").write_text("{")
-    with pytest.raises(GrowkitError, match="genai_config.json: not JSON"):
+    with pytest.raises(GrowkitError, match=r"genai_config\.json: not JSON"):
         grown(decoder, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
 
