@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -45,7 +47,6 @@ class GraphForward:
         self.provider = _provider(device)
         self._session: ort.InferenceSession | None = None
         self._executor: Executor | None = None
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def __call__(self, inputs: Mapping[str, Array], weights: Mapping[str, Any] | None = None) -> dict[str, Array]:
         """Run the model.
@@ -98,8 +99,9 @@ class GraphForward:
         origin: Origin = self.model.origin
         if origin.operator is None and origin.path is not None:
             return origin.path
-        self._folder = tempfile.TemporaryDirectory(prefix="growkit-")
-        path = Path(self._folder.name) / "model.onnx"
+        folder = tempfile.mkdtemp(prefix="growkit-")
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)  # a TemporaryDirectory would warn of that
+        path = Path(folder) / "model.onnx"
         write_file(build(self.model), path, external=True)
         return path
 

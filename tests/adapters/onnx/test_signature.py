@@ -93,6 +93,21 @@ def test_caches_grow_with_heads_and_layers(name: str, tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    "request_",
+    [{"head_dim": 8, "layers": 4}, {"hidden": "2x", "head_dim": "2x", "method": "net2net"}],
+    ids=["padded", "copied"],
+)
+def test_caches_of_wider_heads_are_mapped(request_: dict[str, Any]) -> None:
+    source = growkit.read(made("gpt2-cache-legacy17-eager"))
+    large = growkit.grow(source, **request_)
+    report = growkit.verify(source, large)
+    assert report.preserved
+    (present,) = (output for output in report.outputs if output.name == "present.1.value")
+    assert present.space is not None
+    assert "head_dim" in present.space
+
+
 def test_a_cache_of_another_layer_shows(tmp_path: Path) -> None:
     """The larger model reads the caches that it is given: told of another layer map, it is given the wrong ones."""
     source, out = written("gpt2-cache-legacy17-eager", tmp_path, hidden="1.5x", layers=5)
