@@ -31,7 +31,7 @@ def same_in_all(runs: Sequence[Run], value: ir.Value | None) -> np.ndarray | Non
     if value is None or any(value not in run or run[value].is_meta for run in runs):
         return None
     found = [as_numpy(run[value]) for run in runs]
-    same = all(np.array_equal(each, found[0], equal_nan=each.dtype.kind == "f") for each in found)
+    same = all(each.shape == found[0].shape and each.tobytes() == found[0].tobytes() for each in found)
     return found[0] if same else None
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import torch
@@ -79,8 +80,11 @@ def data_type(dtype: torch.dtype) -> ir.DataType:
 
 
 def as_numpy(tensor: Tensor) -> np.ndarray:
-    """The numbers of a tensor; of bfloat16, which numpy lacks, as float32."""
-    array: np.ndarray = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    """The numbers of a tensor; numpy knows bfloat16 by way of ml_dtypes."""
+    if tensor.dtype == torch.bfloat16:
+        viewed: np.ndarray = tensor.cpu().contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return viewed
+    array: np.ndarray = tensor.detach().cpu().numpy()
     return array
 
 

@@ -21,6 +21,7 @@ import torch
 from growkit_onnx.execute import Executor, run_node
 from growkit_onnx.infer import Scene, same_in_all
 from growkit_onnx.names import Names
+from growkit_onnx.operation import as_torch
 from growkit_onnx.operators import constant
 from growkit_onnx.rules import CONTRIB
 from growkit_specs import GrowkitError, InvalidTarget
@@ -178,9 +179,9 @@ class Resizing:
         if node.op_type == "Constant" or source not in self.scene.runs[0]:
             return
         before, now = self.scene.constant(source), self.constant(value)
-        if before is None or now is None or before.dtype.kind != "f" or before.shape != now.shape:
+        if before is None or now is None or before.dtype.kind not in "fV" or before.shape != now.shape:
             return
-        if not np.array_equal(before, now, equal_nan=True):
+        if before.tobytes() != now.tobytes():
             number = self.initializer(f"{value.name}_before", before)
             value.replace_all_uses_with(number)
             self.count += 1
@@ -197,7 +198,7 @@ class Resizing:
         value.type = ir.TensorType(value.const_value.dtype)  # type: ignore[union-attr]
         self.graph.register_initializer(value)
         for run in self.runs:
-            run[value] = torch.from_numpy(np.array(array))
+            run[value] = as_torch(value.const_value, name)
         return value
 
     @property
