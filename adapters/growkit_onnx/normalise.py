@@ -29,6 +29,8 @@ them with one more suffix: ``"3:sum"`` or ``"3.clone1:sum"``.
 COPY = "growkit.copy"
 """The metadata key of a node that is a copy of another one: the name of that node's output."""
 
+_FEW = 64
+
 LARGEST_CONSTANT = 1
 """Entries up to which a Constant of floats is a number of the computation; beyond, it is a weight."""
 
@@ -120,6 +122,7 @@ def normalise(model: ir.Model) -> Normalised:
     _inline_functions(model, names)
     _hide_initializers(model)
     _store_constants(graph)
+    _split_sequences(graph, model.opset_imports.get("", 1))
     _unfuse(graph, model.opset_imports.get("", 1), names, done)
     _drop_passing(graph, done)
     _copy_shared(graph, names, done)
@@ -377,6 +380,50 @@ def _constant(node: ir.Node) -> ir.TensorProtocol | None:
     if "value_floats" in node.attributes:
         return ir.tensor(np.array(node.attributes["value_floats"].as_floats(), np.float32))
     return node.attributes.get_tensor("value")
+
+
+# Sequences
+
+
+def _split_sequences(graph: ir.Graph, opset: int) -> None:
+    """Let a SplitToSequence whose parts are taken by number be the Split that it is."""
+    for node in list(graph):
+        sizes = _entries(node.inputs[1]) if node.op_type == "SplitToSequence" and len(node.inputs) > 1 else None
+        if sizes is None or sizes.ndim != 1 or opset < 13:
+            continue
+        takers = node.outputs[0].consumers()
+        picks = [_entries(taker.inputs[1]) if taker.op_type == "SequenceAt" else None for taker in takers]
+        if any(pick is None for pick in picks) or node.outputs[0].is_graph_output():
+            continue
+        split = ir.node(
+            "Split",
+            node.inputs[:2],
+            {"axis": node.attributes.get_int("axis", 0)},
+            num_outputs=len(sizes),
+            name=node.name,
+        )
+        graph.insert_before(node, split)
+        for index, out in enumerate(split.outputs):
+            out.name = f"{_name(node.outputs[0])}/{index}"
+        for taker, pick in zip(takers, picks, strict=True):
+            assert pick is not None
+            part, taken = split.outputs[int(pick.reshape(-1)[0])], taker.outputs[0]
+            part.type, part.shape = taken.type, taken.shape
+            if taken.is_graph_output():
+                continue
+            taken.replace_all_uses_with(part)
+            graph.remove(taker, safe=True)
+        if not node.outputs[0].consumers():
+            graph.remove(node, safe=True)
+
+
+def _entries(value: ir.Value | None) -> np.ndarray | None:
+    """The entries of a small stored integer; None where there is none."""
+    if value is None:
+        return None
+    maker = value.producer()
+    tensor = value.const_value if maker is None else _constant(maker) if maker.op_type == "Constant" else None
+    return tensor.numpy() if tensor is not None and tensor.size <= _FEW else None
 
 
 # Nodes that only pass on
