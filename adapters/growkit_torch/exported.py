@@ -25,6 +25,7 @@ from growkit_specs import (
     InvalidTarget,
     Layer,
     LayerGraph,
+    Signature,
     Stack,
     Tensor,
     UnsupportedFormat,
@@ -88,12 +89,13 @@ class ExportedOrigin:
                     f"{name} by itself, which is neither a parameter nor a buffer in its state; ask for sizes that keep it"
                 )
         same = self.exported.graph.resized(graph.sizes, graph.depths)
-        self.exported.adapter.resized(self.exported.origin, same, operator)
+        self.exported.adapter.resized(self.exported.origin, same, operator, Signature())
         return replace(self, operator=operator)
 
     def inputs(self, graph: LayerGraph, seed: int) -> Iterator[dict[str, np.ndarray]]:
         """Inputs as the exported graph takes them."""
-        return self.exported.adapter.inputs(self.exported, seed)
+        adapter = self.exported.adapter
+        return adapter.inputs(self.exported, seed, adapter.forward(self.exported, "cpu"))
 
     def build(self, model: Model, state: Mapping[str, Any], dtype: Any) -> Any:
         """The module, or a larger one with the tensors of ``state``.
@@ -195,7 +197,7 @@ def write_onnx(
     """
     import torch
 
-    inputs = next(iter(model.adapter.inputs(model, 0)))
+    inputs = next(iter(model.origin.inputs(model.graph, 0)))
     example = Example.of(model.to_torch(), {name: torch.from_numpy(value) for name, value in inputs.items()})
     exported = replace(_read_as_onnx(example), growth=model.growth)
     exported.adapter.write(exported, exported.origin, destination, progress, check)

@@ -199,7 +199,7 @@ REQUESTS: dict[tuple[str, ...], str] = {
     ("large.onnx", "--kv-cache", "refuse"): "change with kv_heads, the number of layers; leave out kv_cache 'refuse'",
     ("large.onnx", "--dtype", "float16"): "an ONNX file keeps its element types",
     ("large.onnx", "--device", "tpu", "--check"): "the device 'tpu' is not known; expected auto, cpu or cuda",
-    ("large",): "large: expected a name that ends in .onnx",
+    ("large",): "large: what came from an ONNX file is written as one",
     ("there.onnx",): "there.onnx exists; growkit overwrites nothing",
     ("known.onnx",): "known.onnx.growkit_operator.safetensors exists; growkit overwrites nothing",
     ("nowhere/large.onnx",): "nowhere is no directory; make it first",
