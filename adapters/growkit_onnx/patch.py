@@ -392,12 +392,12 @@ def _cut(at: Resizing, node: ir.Node, order: Sequence[int], starts: Mapping[int,
             at.replace_input(node, index, np.array(new, dtype=told.dtype if isinstance(told, np.ndarray) else np.int64))
 
 
-@patches(ALWAYS, "Gather")
+@patches(ALWAYS, "Gather", "GatherND")
 def _gather(at: Resizing, node: ir.Node) -> None:
     data, indices = node.inputs
     assert data is not None
     assert indices is not None
-    axis = at.axes(data)[node.attributes.get_int("axis", 0)]
+    axis = at.axes(data)[node.attributes.get_int("axis" if node.op_type == "Gather" else "batch_dims", 0)]
     chosen = at.constant(indices)
     if chosen is None or chosen.size != 1 or at.scene.is_weight(at.source(data)) or at.scene.unifier.is_dynamic(axis):
         return

@@ -302,7 +302,11 @@ def _gather_nd(scene: Scene, node: ir.Node) -> None:
     data, indices = (scene.axes(value) for value in node.inputs)
     out, batch = scene.axes(node.outputs[0]), node.attributes.get_int("batch_dims", 0)
     depth = scene.sizes(indices[-1])[0]
-    _addressed(scene, node, data[batch : batch + depth])
+    chosen = scene.constant(node.inputs[1])
+    if chosen is not None and chosen.size == 1:  # one entry of one axis
+        scene.part(data[batch], int(chosen.reshape(-1)[0]) % scene.sizes(data[batch])[0], 1)
+    else:
+        _addressed(scene, node, data[batch : batch + depth])
     for mine, other in zip(indices[:-1], out[: len(indices) - 1], strict=True):
         scene.unify(mine, other)
     for mine, other in zip(data[:batch], indices[:batch], strict=True):
