@@ -9,7 +9,7 @@ import numpy as np
 
 from growkit.matrices import Array, Matrix
 from growkit.operator import GrowthOperator
-from growkit_specs import GrowkitError, LayerGraph, LayerPort, parse_layout
+from growkit_specs import GrowkitError, LayerGraph, LayerPort, Port, parse_layout
 from growkit_specs.layout import Axis, axis_size, product, spaces_of
 
 
@@ -67,26 +67,25 @@ def brought_back(
 
 
 def changed(source: LayerGraph, target: LayerGraph) -> dict[str, list[str]]:
-    """What growth does to caches: names of ``inputs`` and ``outputs`` that are new, and the ``spaces`` that widen them."""
-    ports = (*source.layer_inputs, *source.layer_outputs)
-    spaces = dict.fromkeys(space for port in ports for axis in _axes(port) for space in spaces_of(axis))
+    """What growth does to caches: new names of ``inputs`` and ``outputs``, and the ``spaces`` that widen them."""
+    stream = {space for space, kind in source.kinds.items() if kind in ("residual", "pointwise")}
+    ports = [set(_spaces(port)) for port in (*source.layer_inputs, *source.layer_outputs)]
+    spaces = set().union(*(spaces for spaces in ports if not spaces & stream))
     return {
-        "inputs": _new(source.layer_inputs, target.layer_inputs),
-        "outputs": _new(source.layer_outputs, target.layer_outputs),
-        "spaces": [space for space in spaces if source.sizes[space] != target.sizes[space]],
+        "inputs": _new(source.layer_inputs, target.layer_inputs, target.inputs),
+        "outputs": _new(source.layer_outputs, target.layer_outputs, target.outputs),
+        "spaces": [name for name, size in source.sizes.items() if name in spaces and size != target.sizes[name]],
     }
 
 
 def grown_spaces(port: LayerPort, operator: GrowthOperator) -> list[str]:
     """The spaces of a layer port that an operator grows."""
-    spaces = dict.fromkeys(space for axis in _axes(port) for space in spaces_of(axis))
-    return [space for space in spaces if operator.expansions[space].grows]
+    return [space for space in _spaces(port) if operator.expansions[space].grows]
 
 
-def _new(source: Sequence[LayerPort], target: Sequence[LayerPort]) -> list[str]:
-    known = {name for port in source for name in port.names}
-    by_layer = zip(*(port.names for port in target), strict=False)
-    return [name for layer in by_layer for name in layer if name not in known]
+def _new(source: Sequence[LayerPort], target: Sequence[LayerPort], order: Sequence[Port]) -> list[str]:
+    new = {name for port in target for name in port.names} - {name for port in source for name in port.names}
+    return [port.name for port in order if port.name in new]
 
 
 def _pairs(source: Sequence[LayerPort], target: Sequence[LayerPort]) -> Iterator[tuple[LayerPort, LayerPort]]:
@@ -99,10 +98,10 @@ def _pairs(source: Sequence[LayerPort], target: Sequence[LayerPort]) -> Iterator
 def _written(source: LayerGraph, operator: GrowthOperator, port: LayerPort, array: np.ndarray, t: int) -> np.ndarray:
     """A source layer's cache as target layer ``t`` has it."""
     axes = _axes(port)
+    if not axes:
+        return array
     normed = any(
-        layer.kind == "norm"
-        and parameter.bases == port.bases
-        and set(parameter.parsed.spaces) & set(spaces_of(product(*axes)))
+        layer.kind == "norm" and parameter.bases == port.bases and set(parameter.parsed.spaces) & set(_spaces(port))
         for _, layer in source.walk()
         for parameter in layer.parameters
     )
@@ -113,7 +112,7 @@ def _written(source: LayerGraph, operator: GrowthOperator, port: LayerPort, arra
 def _read(operator: GrowthOperator, port: LayerPort, array: np.ndarray, t: int) -> np.ndarray:
     """What target layer ``t`` gives, in the source's sizes; untouched where it is not in its own."""
     axes = _axes(port)
-    if [array.shape[place] for place in _places(port)] != _sizes(operator, axes, target=True):
+    if not axes or [array.shape[place] for place in _places(port)] != _sizes(operator, axes, target=True):
         return array
     matrix = operator.matrix("read", product(*axes), port.bases, f"{port.stack}/{t}").mT
     return _mapped(matrix, port, array.astype(np.float64), _sizes(operator, axes, target=False))
@@ -135,6 +134,10 @@ def _places(port: LayerPort) -> list[int]:
 
 def _axes(port: LayerPort) -> list[Axis]:
     return [parse_layout(f"-> {axis}").axes[0] for axis in port.axes if axis]
+
+
+def _spaces(port: LayerPort) -> list[str]:
+    return list(dict.fromkeys(space for axis in _axes(port) for space in spaces_of(axis)))
 
 
 def _sizes(operator: GrowthOperator, axes: Sequence[Axis], *, target: bool) -> list[int]:

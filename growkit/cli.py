@@ -132,17 +132,16 @@ def inspect(model: ModelArgument, as_json: Json = False) -> None:
         "bytes": read.bytes,
         "spaces": read.graph.sizes,
         "stacks": read.graph.depths,
-        "frozen": {space.name: space.frozen for space in read.graph.spaces if space.frozen},
     }
+    frozen = {space.name: space.frozen for space in read.graph.spaces if space.frozen}
     if as_json:
-        print(json.dumps({**facts, "tensors": tensors}))
+        print(json.dumps({**facts, "frozen": frozen, "tensors": tensors}))
         return
     table = _table("slot", "layout", "shape", "name")
     for t in read.graph.tensors(tied=True):
         if t.layer in (None, 0):
             tied = f" (tied to {t.parameter.tied_to})" if t.parameter.tied_to else ""
             table.add_row(t.parameter.slot, t.parameter.layout, " x ".join(map(str, t.shape)), t.parameter.name + tied)
-    frozen = facts.pop("frozen")
     _print_facts({k: _spelled(v) for k, v in facts.items() if v is not None})
     for space, why in frozen.items():
         _print_facts({"cannot grow": f"{space}: {why}"})

@@ -294,17 +294,7 @@ class Branch:
 
     def _read_through(self, node: ir.Node) -> Norm | None:
         """The norm through which an operator reads the stream."""
-        basis = self.facts.basis(self._stream_inputs(node)[0])
-        if basis in self.facts.main:
-            return None
-        return next(
-            (
-                n
-                for n in self.facts.norms
-                if self.facts.stream.carries(n.output) and self.facts.basis(n.output) is basis
-            ),
-            None,
-        )
+        return self.facts.norm_before(self._stream_inputs(node)[0])
 
     def _main_norm(self, own: Sequence[Norm | None], weights: Sequence[tuple[ir.Node, Weight]]) -> Norm | None:
         """The norm that the branch's first weights, its queries, are read through."""

@@ -20,6 +20,8 @@ from growkit_onnx.hazards import freeze_hazards
 from growkit_onnx.infer import Scene
 from growkit_onnx.names import Names
 from growkit_onnx.norms import Norm
+from growkit_onnx.rules import READ
+from growkit_onnx.tails import tails
 from growkit_specs import Layer, LayerGraph, Layout, Parameter, Port, Space, Stack
 from growkit_specs.layer_graph import Scalar, SpaceKind
 from growkit_specs.layout import Axis, Concatenation, Fixed, Leaf, product, spaces_of
@@ -38,6 +40,8 @@ class Description:
         norms: For each norm layer's key the norms it stands for, one for each layer of its stack.
         names: The named spaces.
         frozen: For each space that cannot grow, why.
+        reads: For each place where the stream is read back, by its node's name, the norm it is read through, or None.
+        tails: Where tails begin, and what uses the stream there; only where the stream cannot grow.
     """
 
     graph: LayerGraph
@@ -47,6 +51,8 @@ class Description:
     norms: Mapping[str, tuple[Norm, ...]]
     names: Names
     frozen: Mapping[str, str]
+    reads: Mapping[str, str | None]
+    tails: Mapping[ir.Value, Sequence[ir.Node]]
 
 
 def describe(scene: Scene, ties: Mapping[str, str], where: str) -> Description:
@@ -204,7 +210,22 @@ class _Assembly:
             outputs=tuple(self._outputs()),
         )
         frozen = {name: why for name in self.names.sizes if (why := self._frozen(name)) is not None}
-        return Description(graph, self.stored, self.slots, self.stacks, self.norms, self.names, frozen)
+        streams = {space.name for space in graph.spaces if space.kind == "residual"}
+        found = tails(self.facts) if streams & set(frozen) else {}
+        return Description(
+            graph, self.stored, self.slots, self.stacks, self.norms, self.names, frozen, dict(self._reads()), found
+        )
+
+    def _reads(self) -> Iterator[tuple[str, str | None]]:
+        """The places where the stream is read back, and the norms it is read through there."""
+        for node in self.scene.graph:
+            if READ in node.metadata_props and node.inputs[0] is not None:
+                yield str(node.name), self._through(node.inputs[0])
+
+    def _through(self, value: ir.Value) -> str | None:
+        """The name of the norm whose output a value of the stream is; None where it is the stream itself."""
+        norm = self.facts.norm_before(value) if self.facts.stream.carries(value) else None
+        return self.norm_names.get(id(norm)) if norm is not None else None
 
     # --- spaces ------------------------------------------------------------------------------------------------------
 
@@ -475,22 +496,7 @@ class _Assembly:
             axes = self.scene.axes(value) if value in self.scene.runs[0] else ()
             last = self.names.axis(axes[-1]) if axes else ONE
             space = last.space if isinstance(last, Leaf) and last.space in self.names.sizes else None
-            norm = None
-            if (
-                space is not None
-                and self.facts.stream.carries(value)
-                and self.facts.basis(value) not in self.facts.main
-            ):
-                basis = self.facts.basis(value)
-                norm = next(
-                    (
-                        n
-                        for n in self.facts.norms
-                        if self.facts.stream.carries(n.output) and self.facts.basis(n.output) is basis
-                    ),
-                    None,
-                )
-            yield Port(name=str(value.name), space=space, through=self.norm_names.get(id(norm)) if norm else None)
+            yield Port(name=str(value.name), space=space, through=self._through(value))
 
 
 def _is_anonymous(name: str) -> bool:

@@ -120,6 +120,13 @@ class Facts:
             and all(value is not None and self.stream.carries(value) for value in node.inputs)
         }
 
+    def norm_before(self, value: ir.Value) -> Norm | None:
+        """The norm whose output a value of the stream is; None where it is the stream itself, or something else."""
+        carries, basis = self.stream.carries, self.basis(value)
+        if basis in self.main:
+            return None
+        return next((n for n in self.norms if carries(n.output) and self.basis(n.output) is basis), None)
+
     def is_float(self, value: ir.Value) -> bool:
         """Whether a value holds floats."""
         return value in self.scene.runs[0] and self.scene.runs[0][value].dtype.is_floating_point

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +14,14 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
+import torch
 
 from growkit.adapters import Forward
 from growkit.matrices import Array
 from growkit.model import Model
 from growkit_onnx.execute import Executor
 from growkit_onnx.files import write_file
+from growkit_onnx.operation import as_numpy
 from growkit_onnx.read import Origin, build
 from growkit_specs import GrowkitError
 
@@ -27,8 +32,8 @@ _MOVING = ("Cast", "Identity", "Unsqueeze", "Squeeze", "Reshape", "Expand", "Fla
 class GraphForward:
     """A model as a function: ``forward(inputs, weights=None)``.
 
-    It runs in ONNX Runtime, from a file, so that weights that lie beside it are mapped and not loaded; where weights
-    are given it runs in torch.
+    It runs in ONNX Runtime, from a file, so that weights that lie beside it are mapped and not loaded. Where weights
+    are given it runs in torch; so does, in float32, what the runtime has no operators for (bfloat16 on a CPU).
 
     Attributes:
         rounding: How far the outputs of two models that compute the same may be apart, relative to the largest: the
@@ -42,7 +47,6 @@ class GraphForward:
         self.provider = _provider(device)
         self._session: ort.InferenceSession | None = None
         self._executor: Executor | None = None
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def __call__(self, inputs: Mapping[str, Array], weights: Mapping[str, Any] | None = None) -> dict[str, Array]:
         """Run the model.
@@ -56,6 +60,9 @@ class GraphForward:
         """
         if weights is not None:
             return self._in_torch(inputs, weights)
+        if not self._is_implemented:
+            wide = {n: np.float32(x) if x.dtype == ml_dtypes.bfloat16 else x for n, x in inputs.items()}
+            return {name: as_numpy(tensor) for name, tensor in self._in_torch(wide, {}, torch.float32).items()}
         session = self.session
         names = [output.name for output in session.get_outputs()]
         try:
@@ -77,17 +84,30 @@ class GraphForward:
                 raise GrowkitError(f"ONNX Runtime cannot load the model: {_line(error)}") from None
         return self._session
 
+    @cached_property
+    def _is_implemented(self) -> bool:
+        """Whether the runtime has the file's operators for its element types."""
+        try:
+            return self.session is not None
+        except GrowkitError as error:
+            if "NOT_IMPLEMENTED" not in str(error):
+                raise
+            return False
+
     def _path(self) -> Path:
         """The model's file; of a model in memory, one that is written for the purpose."""
         origin: Origin = self.model.origin
         if origin.operator is None and origin.path is not None:
             return origin.path
-        self._folder = tempfile.TemporaryDirectory(prefix="growkit-")
-        path = Path(self._folder.name) / "model.onnx"
+        folder = tempfile.mkdtemp(prefix="growkit-")
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)  # a TemporaryDirectory would warn of that
+        path = Path(folder) / "model.onnx"
         write_file(build(self.model), path, external=True)
         return path
 
-    def _in_torch(self, inputs: Mapping[str, Array], weights: Mapping[str, Any]) -> dict[str, Any]:
+    def _in_torch(
+        self, inputs: Mapping[str, Array], weights: Mapping[str, Any], dtype: torch.dtype | None = None
+    ) -> dict[str, Any]:
         origin: Origin = self.model.origin
         if self._executor is None:
             surgery = origin.surgery() if origin.operator is not None else None
@@ -99,7 +119,8 @@ class GraphForward:
                 ]
                 for tensor in self.model.graph.tensors()
             }
-            self._executor = Executor(graph, device="cuda" if self.provider == _PROVIDERS["cuda"] else "cpu")
+            device = "cuda" if self.provider == _PROVIDERS["cuda"] else "cpu"
+            self._executor = Executor(graph, device, dtype)
         held = {
             holder: weights[name] for name, holders in self._holders.items() if name in weights for holder in holders
         }

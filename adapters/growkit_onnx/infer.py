@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir as ir
 
-from growkit_onnx.operation import as_numpy
+from growkit_onnx.operation import as_numpy, data_type
 from growkit_onnx.rules import CONTRIB, Axes, rule_of
 from growkit_specs import InvalidModel
 from growkit_specs.layout import Axis
@@ -31,7 +31,7 @@ def same_in_all(runs: Sequence[Run], value: ir.Value | None) -> np.ndarray | Non
     if value is None or any(value not in run or run[value].is_meta for run in runs):
         return None
     found = [as_numpy(run[value]) for run in runs]
-    same = all(np.array_equal(each, found[0], equal_nan=each.dtype.kind == "f") for each in found)
+    same = all(each.shape == found[0].shape and each.tobytes() == found[0].tobytes() for each in found)
     return found[0] if same else None
 
 
@@ -128,6 +128,10 @@ class Scene:
     def is_empty(self, value: ir.Value) -> bool:
         """Whether a value has no entries."""
         return any(0 in run[value].shape for run in self.runs)
+
+    def dtype(self, value: ir.Value) -> ir.DataType:
+        """The element type of a value, whether the file tells it or not."""
+        return value.dtype if value.dtype is not None else data_type(self.runs[0][value].dtype)
 
     def is_only_measured(self, value: ir.Value) -> bool:
         """Whether nothing is asked of a value but its size."""

@@ -29,6 +29,8 @@ them with one more suffix: ``"3:sum"`` or ``"3.clone1:sum"``.
 COPY = "growkit.copy"
 """The metadata key of a node that is a copy of another one: the name of that node's output."""
 
+_FEW = 64
+
 LARGEST_CONSTANT = 1
 """Entries up to which a Constant of floats is a number of the computation; beyond, it is a weight."""
 
@@ -120,6 +122,7 @@ def normalise(model: ir.Model) -> Normalised:
     _inline_functions(model, names)
     _hide_initializers(model)
     _store_constants(graph)
+    _split_sequences(graph, model.opset_imports.get("", 1), names)
     _unfuse(graph, model.opset_imports.get("", 1), names, done)
     _drop_passing(graph, done)
     _copy_shared(graph, names, done)
@@ -377,6 +380,52 @@ def _constant(node: ir.Node) -> ir.TensorProtocol | None:
     if "value_floats" in node.attributes:
         return ir.tensor(np.array(node.attributes["value_floats"].as_floats(), np.float32))
     return node.attributes.get_tensor("value")
+
+
+# Sequences
+
+
+def _split_sequences(graph: ir.Graph, opset: int, names: _Names) -> None:
+    """Let a SplitToSequence whose parts are taken by number be the Split that it is."""
+    for node in list(graph):
+        sizes = _part_sizes(node) if node.op_type == "SplitToSequence" and opset >= 13 else None
+        takers = node.outputs[0].consumers() if sizes else []
+        picks = [_entries(taker.inputs[1]) if taker.op_type == "SequenceAt" else None for taker in takers]
+        is_shown = any(taker.outputs[0].is_graph_output() for taker in takers)
+        if not sizes or not picks or any(pick is None for pick in picks) or is_shown:
+            continue
+        axis = {"axis": node.attributes.get_int("axis", 0)}
+        told = _initializer(graph, names.fresh(f"{_name(node.outputs[0])}/sizes"), ir.tensor(np.array(sizes, np.int64)))
+        split = ir.node("Split", [node.inputs[0], told], axis, num_outputs=len(sizes), name=node.name)
+        graph.insert_before(node, split)
+        for index, out in enumerate(split.outputs):
+            out.name = names.fresh(f"{_name(node.outputs[0])}/{index}")
+        for taker, pick in zip(takers, picks, strict=True):
+            assert pick is not None
+            part, taken = split.outputs[int(pick.reshape(-1)[0])], taker.outputs[0]
+            part.type, part.shape = taken.type, taken.shape
+            taken.replace_all_uses_with(part)
+        _remove(graph, [*takers, node])
+
+
+def _part_sizes(node: ir.Node) -> list[int] | None:
+    """The sizes of the parts of a SplitToSequence; None where they are not known before it runs."""
+    told = _entries(node.inputs[1]) if len(node.inputs) > 1 else np.array(1)
+    if told is None or told.ndim == 1:
+        return None if told is None else [int(size) for size in told]
+    shape = node.inputs[0].shape if node.inputs[0] is not None else None
+    whole = shape[node.attributes.get_int("axis", 0)] if shape is not None else None
+    part = int(told)
+    return [part] * (whole // part) if isinstance(whole, int) and part > 0 and whole % part == 0 else None
+
+
+def _entries(value: ir.Value | None) -> np.ndarray | None:
+    """The entries of a small stored integer; None where there is none."""
+    if value is None:
+        return None
+    maker = value.producer()
+    tensor = value.const_value if maker is None else _constant(maker) if maker.op_type == "Constant" else None
+    return tensor.numpy() if tensor is not None and tensor.size <= _FEW else None
 
 
 # Nodes that only pass on

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import torch
@@ -73,9 +74,17 @@ def as_torch(tensor: ir.TensorProtocol, where: str) -> Tensor:
     )
 
 
+def data_type(dtype: torch.dtype) -> ir.DataType:
+    """The ONNX element type of a torch type."""
+    return next(ir.DataType(each) for each, held in DTYPES.items() if held == dtype)
+
+
 def as_numpy(tensor: Tensor) -> np.ndarray:
-    """The numbers of a tensor; of bfloat16, which numpy lacks, as float32."""
-    array: np.ndarray = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    """The numbers of a tensor; numpy knows bfloat16 by way of ml_dtypes."""
+    if tensor.dtype == torch.bfloat16:
+        viewed: np.ndarray = tensor.cpu().contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return viewed
+    array: np.ndarray = tensor.detach().cpu().numpy()
     return array
 
 

@@ -21,6 +21,7 @@ import torch
 from growkit_onnx.execute import Executor, run_node
 from growkit_onnx.infer import Scene, same_in_all
 from growkit_onnx.names import Names
+from growkit_onnx.operation import as_numpy, as_torch
 from growkit_onnx.operators import constant
 from growkit_onnx.rules import CONTRIB
 from growkit_specs import GrowkitError, InvalidTarget
@@ -178,9 +179,9 @@ class Resizing:
         if node.op_type == "Constant" or source not in self.scene.runs[0]:
             return
         before, now = self.scene.constant(source), self.constant(value)
-        if before is None or now is None or before.dtype.kind != "f" or before.shape != now.shape:
+        if before is None or now is None or before.dtype.kind not in "fV" or before.shape != now.shape:
             return
-        if not np.array_equal(before, now, equal_nan=True):
+        if before.tobytes() != now.tobytes():
             number = self.initializer(f"{value.name}_before", before)
             value.replace_all_uses_with(number)
             self.count += 1
@@ -193,11 +194,11 @@ class Resizing:
         while name in self.graph.initializers or name in self._taken:
             name += "_"
         self._taken.add(name)
-        value = ir.Value(name=name, shape=ir.Shape(array.shape), const_value=ir.tensor(array, name=name))
-        value.type = ir.TensorType(value.const_value.dtype)  # type: ignore[union-attr]
+        tensor = ir.tensor(array, name=name)
+        value = ir.Value(name=name, shape=ir.Shape(array.shape), const_value=tensor, type=ir.TensorType(tensor.dtype))
         self.graph.register_initializer(value)
         for run in self.runs:
-            run[value] = torch.from_numpy(np.array(array))
+            run[value] = as_torch(tensor, name)
         return value
 
     @property
@@ -239,9 +240,13 @@ class Resizing:
             wanted: The entries in every run.
         """
         old = [[int(e) for e in np.asarray(run[node.inputs[index]]).reshape(-1)] for run in self.runs]  # type: ignore[index]
-        entries = [
-            self._entry(node, *(tuple(w[i] for w in wanted), tuple(o[i] for o in old))) for i in range(len(wanted[0]))
-        ]
+        found = [_entry(tuple(w[i] for w in wanted), tuple(o[i] for o in old)) for i in range(len(wanted[0]))]
+        lost = found.count(None)
+        if lost > 1 or (lost and (node.op_type != "Reshape" or -1 in found)):
+            raise InvalidTarget(
+                f"{node.op_type} ({node.name}): a size that depends on the inputs does not follow the growth"
+            )
+        entries = [-1 if entry is None else entry for entry in found]  # one size may be what the others leave
         if all(isinstance(entry, int) for entry in entries):
             return self.replace_input(node, index, np.array(entries, dtype=np.int64))
         pieces: list[ir.Value] = []
@@ -266,19 +271,6 @@ class Resizing:
         node.replace_input_with(index, joined)
         self.count += 1
         return None
-
-    def _entry(self, node: ir.Node, wanted: tuple[int, ...], old: tuple[int, ...]) -> int | Fraction:
-        """One entry of a shape: a number, or what it was times a fraction."""
-        if len(set(wanted)) == 1:
-            return wanted[0]
-        if set(old) in ({0}, {-1}, {1}):  # the size of the input's own axis
-            return old[0]
-        ratios = {Fraction(w, o) for w, o in zip(wanted, old, strict=True) if o}
-        if len(ratios) != 1:
-            raise InvalidTarget(
-                f"{node.op_type} ({node.name}): a size that depends on the inputs does not follow the growth"
-            )
-        return ratios.pop()
 
     def moved(self, axis: Axis, offset: int) -> int:
         """Where what stands at ``offset`` of an axis stands in the target.
@@ -305,6 +297,16 @@ class Resizing:
                     return done + self.moved(segment, offset - before)
                 before, done = before + size, done + self.size(segment)
         raise InvalidTarget(f"a cut at {offset} goes through a space that grows")
+
+
+def _entry(wanted: tuple[int, ...], old: tuple[int, ...]) -> int | Fraction | None:
+    """One entry of a shape in every run: a number, or what it was times a fraction; None where it is neither."""
+    if len(set(wanted)) == 1:
+        return wanted[0]
+    if set(old) in ({0}, {-1}, {1}):  # the size of the input's own axis
+        return old[0]
+    ratios = {Fraction(w, o) if o else None for w, o in zip(wanted, old, strict=True)}
+    return ratios.pop() if len(ratios) == 1 else None
 
 
 # --- shapes as operands --------------------------------------------------------------------------------------------
@@ -390,12 +392,12 @@ def _cut(at: Resizing, node: ir.Node, order: Sequence[int], starts: Mapping[int,
             at.replace_input(node, index, np.array(new, dtype=told.dtype if isinstance(told, np.ndarray) else np.int64))
 
 
-@patches(ALWAYS, "Gather")
+@patches(ALWAYS, "Gather", "GatherND")
 def _gather(at: Resizing, node: ir.Node) -> None:
     data, indices = node.inputs
     assert data is not None
     assert indices is not None
-    axis = at.axes(data)[node.attributes.get_int("axis", 0)]
+    axis = at.axes(data)[node.attributes.get_int("axis" if node.op_type == "Gather" else "batch_dims", 0)]
     chosen = at.constant(indices)
     if chosen is None or chosen.size != 1 or at.scene.is_weight(at.source(data)) or at.scene.unifier.is_dynamic(axis):
         return
@@ -406,6 +408,29 @@ def _gather(at: Resizing, node: ir.Node) -> None:
     new = at.moved(axis, old % size)
     if new % at.size(axis) != old % at.size(axis):
         at.replace_input(node, 1, np.full_like(chosen, new))
+
+
+@patches(ALWAYS, "Div")
+def _quotient(at: Resizing, node: ir.Node) -> None:
+    """A size divided by a number of heads: where that leaves a rest now, the number grew as the size did."""
+    dividend, divisor = node.inputs
+    by = at.constant(divisor)
+    if dividend is None or by is None or by.size != 1 or by.dtype.kind != "i":
+        return
+    before = [as_numpy(run[at.source(dividend)]).reshape(-1) for run in at.scene.runs]
+    now = [as_numpy(run[dividend]).reshape(-1) for run in at.runs]
+    number = int(by.reshape(-1)[0])
+    if any(each.size != 1 for each in before) or not number or not any(int(n[0]) % number for n in now):
+        return
+    ratios = {Fraction(int(n[0]), int(b[0])) if b[0] else None for n, b in zip(now, before, strict=True)}
+    ratio = ratios.pop()
+    if (
+        not ratios
+        and ratio is not None
+        and (number * ratio).denominator == 1
+        and not any(b[0] % number for b in before)
+    ):
+        at.replace_input(node, 1, np.full_like(by, int(number * ratio)))
 
 
 # --- attributes ----------------------------------------------------------------------------------------------------

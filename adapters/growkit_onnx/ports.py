@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import onnx_ir as ir
 
 from growkit_onnx.blocks import Blocks
-from growkit_onnx.describe import Description, Names
+from growkit_onnx.describe import Description
 from growkit_onnx.infer import Scene
+from growkit_onnx.names import Names
 from growkit_onnx.rules import CONTRIB
 from growkit_specs import LayerGraph, LayerPort, Port
 from growkit_specs.layout import Axis, spaces_of

@@ -23,6 +23,7 @@ from growkit_onnx.infer import Scene
 from growkit_onnx.normalise import Normalised, normalise
 from growkit_onnx.ports import with_ports
 from growkit_onnx.surgery import Surgery
+from growkit_onnx.tails import insert_reads
 from growkit_onnx.trial import Trial, trial
 from growkit_specs import InvalidTarget, LayerGraph, Recipe, Signature, UnsupportedModel
 from growkit_specs.layout import Leaf
@@ -168,13 +169,20 @@ def _read(adapter: Adapter, loaded: Callable[[], ir.Model], path: Path | None = 
     where = str(path) if path is not None else "the model"
     model = loaded()
     normalised = normalise(model)
-    runs = trial(model)
-    scene = Scene(model.graph, runs.runs, model.opset_imports.get("", 1))
-    description = _described(model, describe(scene, normalised.ties, where), scene)
+    runs, scene, description = _inferred(model, normalised, where)
+    if description.tails:
+        insert_reads(model.graph, description.tails)
+        runs, scene, description = _inferred(model, normalised, where)
     names = {name: values[0] for name, values in description.stored.items()}
     weights = LazyWeights(names, _array)
     origin = Origin(loaded, model, normalised, scene, runs, description, path)
     return Model(description.graph, weights, adapter, origin, _growth_beside(path))
+
+
+def _inferred(model: ir.Model, normalised: Normalised, where: str) -> tuple[Trial, Scene, Description]:
+    runs = trial(model)
+    scene = Scene(model.graph, runs.runs, model.opset_imports.get("", 1))
+    return runs, scene, _described(model, describe(scene, normalised.ties, where), scene)
 
 
 def _described(model: ir.Model, description: Description, scene: Scene) -> Description:

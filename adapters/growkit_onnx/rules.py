@@ -23,6 +23,9 @@ Rule = Callable[["Scene", ir.Node], None]
 RULES: dict[tuple[str, str], Rule] = {}
 CONTRIB = "com.microsoft"
 
+READ = "growkit.read"
+"""The mark, in an Identity's metadata, of where a stream is read back: behind it everything keeps its size."""
+
 ELEMENTWISE = frozenset(
     [
         "Add",
@@ -157,6 +160,11 @@ def broadcast(scene: Scene, value: ir.Value | None, to: Axes) -> None:
 @rule(*(NONLINEAR - ELEMENTWISE - {"BiasGelu", "FastGelu", "QuickGelu"}), *PASSING)
 @rule("Gelu", "QuickGelu", domain=CONTRIB)
 def _unary(scene: Scene, node: ir.Node) -> None:
+    if READ in node.metadata_props:
+        for mine, other in zip(scene.axes(node.inputs[0]), scene.axes(node.outputs[0]), strict=True):
+            if scene.is_dynamic(mine):
+                scene.unify(mine, other)
+        return
     scene.same(node.inputs[0], node.outputs[0])
     scene.derive(node.inputs[0], node.outputs[0])
 
@@ -288,12 +296,40 @@ def _indexed_along(scene: Scene, node: ir.Node) -> None:
                     scene.unify(mine, other)
 
 
-@rule("ScatterND", "GatherND")
-def _indexed(scene: Scene, node: ir.Node) -> None:
-    """Axes that are addressed by number stay as they are."""
-    for value in (*node.inputs, *node.outputs):
-        if value is not None:
-            scene.freeze(value, f"entries are addressed by number ({node.op_type} {node.name})")
+@rule("GatherND")
+def _gather_nd(scene: Scene, node: ir.Node) -> None:
+    """The axes that an index addresses stay as they are; those before are a batch, those behind come along."""
+    data, indices = (scene.axes(value) for value in node.inputs)
+    out, batch = scene.axes(node.outputs[0]), node.attributes.get_int("batch_dims", 0)
+    depth = scene.sizes(indices[-1])[0]
+    chosen = scene.constant(node.inputs[1])
+    if chosen is not None and chosen.size == 1:  # one entry of one axis
+        scene.part(data[batch], int(chosen.reshape(-1)[0]) % scene.sizes(data[batch])[0], 1)
+    else:
+        _addressed(scene, node, data[batch : batch + depth])
+    for mine, other in zip(indices[:-1], out[: len(indices) - 1], strict=True):
+        scene.unify(mine, other)
+    for mine, other in zip(data[:batch], indices[:batch], strict=True):
+        scene.unify(mine, other)
+    for mine, other in zip(data[batch + depth :], out[len(indices) - 1 :], strict=True):
+        scene.unify(mine, other)
+
+
+@rule("ScatterND")
+def _scatter_nd(scene: Scene, node: ir.Node) -> None:
+    """As for GatherND, with updates in the place of what is gathered."""
+    data, indices, updates = (scene.axes(value) for value in node.inputs)
+    depth = scene.sizes(indices[-1])[0]
+    scene.same(node.inputs[0], node.outputs[0])
+    _addressed(scene, node, data[:depth])
+    for mine, other in zip((*indices[:-1], *data[depth:]), updates, strict=True):
+        scene.unify(mine, other)
+
+
+def _addressed(scene: Scene, node: ir.Node, axes: Axes) -> None:
+    for axis in axes:
+        if not scene.is_dynamic(axis):
+            scene.freeze_axis(axis, f"entries are addressed by number ({node.op_type} {node.name})")
 
 
 @rule("ArgMax", "ArgMin", "TopK", "OneHot", "NonZero", "Unique", "Compress")

@@ -17,6 +17,7 @@ from growkit_onnx.infer import Scene
 from growkit_onnx.normalise import Normalised, restore
 from growkit_onnx.norms import Norm
 from growkit_onnx.patch import Resizing
+from growkit_onnx.rules import READ
 from growkit_onnx.trial import Trial
 from growkit_specs import LayerGraph, Tensor
 from growkit_specs.layout import Axis, spaces_of
@@ -93,6 +94,7 @@ class Surgery:
         """
         grown = self._exchange_weights(weights)
         self._patch_epsilons()
+        self._read_back()
         resizing = Resizing(
             self.graph,
             self.scene,
@@ -199,6 +201,21 @@ class Surgery:
                     matrix = self._read_matrix(named, port.through if port is not None else None)
                     value = self._projected(index, value, at, matrix)
 
+    def _read_back(self) -> None:
+        """Where a tail begins the stream is read back; where it does not grow, nothing is left of the mark."""
+        for node in [node for node in self.graph if READ in node.metadata_props]:
+            (value,), (out,) = node.inputs, node.outputs
+            assert value is not None
+            axes = [self.description.names.axis(axis) for axis in self.scene.axes(self.copies[value])]
+            at = next((i for i, named in enumerate(axes) if self._grows(named)), None)
+            read = value
+            if at is not None:
+                matrix = self._read_matrix(axes[at], self.description.reads[str(node.name)])
+                read = self._times(value, len(axes), at, matrix, str(node.name), before=node)
+                self.copies[read] = self.copies[out]
+            out.replace_all_uses_with(read)
+            self.graph.remove(node, safe=True)
+
     def _grows(self, named: Axis) -> bool:
         return any(
             space in self.operator.expansions and self.operator.expansions[space].grows for space in spaces_of(named)
@@ -215,37 +232,39 @@ class Surgery:
 
     def _projected(self, index: int, value: ir.Value, axis: int, matrix: Matrix) -> ir.Value:
         """An output multiplied with the read matrix along one axis; it keeps its name and gets its shape back."""
-        assert value.dtype is not None
         assert value.shape is not None
-        name, rank = str(value.name), len(value.shape)
-        entries = matrix.as_matrix().T.astype(value.dtype.numpy())
-        table = ir.Value(name=f"{name}.read", const_value=ir.tensor(entries, name=f"{name}.read"))
-        table.shape, table.type = ir.Shape(entries.shape), ir.TensorType(value.dtype)
-        self.graph.register_initializer(table)
-        last = axis == rank - 1
-        order = [i for i in range(rank) if i != axis] + [axis]
+        name = str(value.name)
         value.name = f"{name}.grown"
-        nodes = []
-        moved = value
-        if not last:
-            nodes.append(ir.node("Transpose", [moved], {"perm": order}))
-            moved = nodes[-1].outputs[0]
-        nodes.append(ir.node("MatMul", [moved, table]))
-        if not last:
-            back = [order.index(i) for i in range(rank)]
-            nodes.append(ir.node("Transpose", [nodes[-1].outputs[0]], {"perm": back}))
-        shape = [entries.shape[1] if i == axis else size for i, size in enumerate(value.shape)]
-        for i, node in enumerate(nodes):
-            node.name = f"{name}.read_{i}"
-            node.outputs[0].name = f"{name}.read_{i}"
-            node.outputs[0].type = value.type
-            self.graph.append(node)
-        out = nodes[-1].outputs[0]
-        out.name, out.shape = name, ir.Shape(shape)
+        out = self._times(value, len(value.shape), axis, matrix, name)
+        out.shape = ir.Shape([matrix.shape[0] if i == axis else size for i, size in enumerate(value.shape)])
+        out.name, value.shape = name, None
         self.graph.outputs[index] = out
         self.copies[out] = self.copies[value]
-        value.shape = None
         return out
+
+    def _times(
+        self, value: ir.Value, rank: int, axis: int, matrix: Matrix, name: str, before: ir.Node | None = None
+    ) -> ir.Value:
+        """A value multiplied with a matrix along one axis, by new nodes before another one, or at the end."""
+        dtype = self.scene.dtype(self.copies[value])
+        entries = matrix.as_matrix().T.astype(dtype.numpy())
+        table = ir.Value(name=f"{name}.matrix", const_value=ir.tensor(entries, name=f"{name}.matrix"))
+        table.shape, table.type = ir.Shape(entries.shape), ir.TensorType(dtype)
+        self.graph.register_initializer(table)
+        order = [i for i in range(rank) if i != axis] + [axis]
+        moves = order != list(range(rank))
+        nodes = [ir.node("Transpose", [value], {"perm": order})] if moves else []
+        nodes.append(ir.node("MatMul", [nodes[0].outputs[0] if moves else value, table]))
+        if moves:
+            nodes.append(ir.node("Transpose", [nodes[-1].outputs[0]], {"perm": [order.index(i) for i in range(rank)]}))
+        for i, node in enumerate(nodes):
+            node.name = node.outputs[0].name = f"{name}.times_{i}"
+            node.outputs[0].type = ir.TensorType(dtype)
+            if before is None:
+                self.graph.append(node)
+            else:
+                self.graph.insert_before(before, node)
+        return nodes[-1].outputs[0]
 
 
 def _epsilon(value: object) -> float:

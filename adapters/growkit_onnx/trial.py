@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import onnx_ir as ir
@@ -111,6 +112,7 @@ def _after_cache(name: str, axis: int, dimension: Dimension) -> object:
 def _sized(graph: ir.Graph, key: Reading, batch: int, lengths: Sequence[int]) -> InputSizes:
     """The size of every dynamic dimension of the inputs."""
     sizes: dict[object, int] = {}
+    length = cycle(lengths)
     found: dict[tuple[str, int], int] = {}
     sums: list[tuple[tuple[str, int], str]] = []
     totals: list[tuple[str, int]] = []
@@ -127,7 +129,7 @@ def _sized(graph: ir.Graph, key: Reading, batch: int, lengths: Sequence[int]) ->
                 totals.append((str(value.name), axis))
                 continue
             if which not in sizes:
-                sizes[which] = batch if axis == 0 else lengths[len(sizes) % len(lengths)]
+                sizes[which] = batch if axis == 0 else next(length)
             found[str(value.name), axis] = sizes[which]
     for place, text in sums:
         found[place] = _evaluated(text, sizes, lengths[0])

@@ -93,7 +93,7 @@ class TorchAdapter:
 
     def inputs(self, model: Model, seed: int, forward: Forward) -> Iterator[dict[str, np.ndarray]]:
         """Inputs that exercise a model."""
-        return model.origin.inputs(model.graph, seed, forward)
+        return model.origin.inputs(model.graph, seed)
 
 
 __all__ = ["TorchAdapter"]

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from growkit.adapters import Adapter, Forward, adapters
+from growkit.adapters import Adapter, adapters
 from growkit.example import Example
 from growkit.model import Growth, LazyWeights, Model
 from growkit.operator import GrowthOperator
@@ -90,9 +90,10 @@ class ExportedOrigin:
         self.exported.adapter.resized(self.exported.origin, same, operator, Signature())
         return replace(self, operator=operator)
 
-    def inputs(self, graph: LayerGraph, seed: int, forward: Forward) -> Iterator[dict[str, np.ndarray]]:
+    def inputs(self, graph: LayerGraph, seed: int) -> Iterator[dict[str, np.ndarray]]:
         """Inputs as the exported graph takes them."""
-        return self.exported.adapter.inputs(self.exported, seed, forward)
+        adapter = self.exported.adapter
+        return adapter.inputs(self.exported, seed, adapter.forward(self.exported, "cpu"))
 
     def build(self, model: Model, state: Mapping[str, Any], dtype: Any) -> Any:
         """The module, or a larger one with the tensors of ``state``.
@@ -210,7 +211,7 @@ def write_onnx(
     """
     import torch
 
-    inputs = next(model.origin.inputs(model.graph, 0, lambda given: given))
+    inputs = next(iter(model.origin.inputs(model.graph, 0)))
     example = Example.of(model.to_torch(), {name: torch.from_numpy(value) for name, value in inputs.items()})
     exported = replace(_read_as_onnx(example), growth=_told_from(model, destination))
     exported.adapter.write(exported, exported.origin, destination, progress, check)

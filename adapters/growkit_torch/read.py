@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from growkit.adapters import Adapter, Forward
+from growkit.adapters import Adapter
 from growkit.model import Growth, LazyWeights, Model
 from growkit.operator import GrowthOperator
 from growkit.verify import generated_inputs
@@ -51,7 +51,7 @@ class Origin:
         """The library of its class."""
         return library_named(self.architecture.library)
 
-    def inputs(self, graph: LayerGraph, seed: int, forward: Forward) -> Iterator[dict[str, np.ndarray]]:
+    def inputs(self, graph: LayerGraph, seed: int) -> Iterator[dict[str, np.ndarray]]:
         """Inputs made from the graph's ports."""
         return generated_inputs(graph, seed)
 

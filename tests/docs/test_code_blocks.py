@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 
 from growkit_specs import architectures
+from tests.adapters.onnx.zoo import FILES, make
 from tests.docs.pages import DOCS, PAGES, ROOT, Block, Runner, blocks_of
 
 REAL = "minilm"
 """The name under which pages mention the real model; blocks without it need no download."""
+
+ONNX = {"encoder.onnx": "bert-legacy17-eager", "decoder.onnx": "llama-cache-legacy17-eager"}
+"""Files that pages mention, and which of the tests' files they are."""
 
 
 def name(page: Path) -> str:
@@ -47,6 +51,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_the_blocks_of_a_page_run(page: Path, folder: Path, small_directory: Path) -> None:
     if "tutorial" not in page.parts:
         shutil.copytree(small_directory, folder / "small")
+    for onnx, file in ONNX.items():
+        if any(onnx in block.text for block in blocks_of(page)):
+            shutil.copyfile(make(next(each for each in FILES if each.name == file)), folder / onnx)
     runner = Runner()
     for block in blocks_with(page, real=False):
         runner.run(block)

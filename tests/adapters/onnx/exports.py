@@ -79,7 +79,7 @@ def _key(file: "File") -> str:
 
 
 def _make(file: "File", folder: Path, path: Path) -> None:
-    with _quiet():
+    with quiet():
         if file.post:
             OPTIMISERS[file.post](make(replace(file, post=""), folder), path, file)
         else:
@@ -87,7 +87,7 @@ def _make(file: "File", folder: Path, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without what exporters say about files that are right."""
     logger = logging.getLogger("torch.onnx._internal.exporter._registration")  # torchvision isn't installed: so be it
     level = logger.level
