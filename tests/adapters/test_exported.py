@@ -136,6 +136,12 @@ def bloom(sizes: Sizes, depth: int) -> nn.Module:
     return transformers.BloomForCausalLM(transformers.BloomConfig(**config, bos_token_id=None, eos_token_id=None))
 
 
+def falcon(sizes: Sizes, depth: int) -> nn.Module:
+    config = {"hidden_size": sizes["hidden"], "num_hidden_layers": depth, "num_attention_heads": sizes["heads"]}
+    known = {"vocab_size": VOCAB, "ffn_hidden_size": sizes["ffn"], "bos_token_id": None, "eos_token_id": None}
+    return transformers.FalconForCausalLM(transformers.FalconConfig(**config, **known))
+
+
 Maker = Callable[[Sizes, int], nn.Module]
 SMALL = {"hidden": 24, "heads": 4, "head_dim": 6, "ffn": 80}
 
@@ -170,6 +176,7 @@ CASES = {
     "images": Case(Images, IMAGES, {"hidden": "1.5x", "layers": 4}, {"hidden": 36, "heads": 6}),
     "images, wider heads": Case(Images, IMAGES, {"head_dim": "2x"}, {"head_dim": 12}),
     "interleaved rotary": Case(gptj, TOKENS, {"hidden": "1.5x", "layers": 4}, {"hidden": 36, "heads": 6}),
+    "one key for all queries": Case(falcon, TOKENS, {"hidden": "1.5x", "layers": 4}, {"hidden": 36, "heads": 6}),
     "ALiBi": Case(bloom, TOKENS, {"hidden": "2x", "heads": 4, "head_dim": "2x", "layers": 4}, {"hidden": 48}),
 }
 
