@@ -36,7 +36,9 @@ def growths() -> st.SearchStrategy[dict[str, str]]:
 
 def sizes_of(model: Model) -> dict[str, int]:
     depths = {"layers": sum(model.graph.depths.values())} if model.graph.depths else {}
-    grouped = {"heads": model.graph.sizes["kv_heads"] * model.graph.sizes["group"]} if "group" in model.graph.sizes else {}
+    grouped = (
+        {"heads": model.graph.sizes["kv_heads"] * model.graph.sizes["group"]} if "group" in model.graph.sizes else {}
+    )
     return {**model.graph.sizes, **grouped, **depths}
 
 
