@@ -37,7 +37,7 @@ from growkit.matrices import (
     scaled,
     to_state,
 )
-from growkit_specs import Axis, Concatenation, Fixed, GrowkitError, Layer, Leaf, Product, Tensor
+from growkit_specs import Axis, Concatenation, Fixed, GrowkitError, InvalidTarget, Layer, Leaf, Product, Tensor
 from growkit_specs.layer_graph import norm_key
 from growkit_specs.layout import product, spaces_of
 
@@ -385,7 +385,9 @@ class GrowthOperator:
 
     def _scaled(self, target: Tensor, W: Array) -> Array:
         (axis,) = target.parameter.parsed.axes
-        (space,) = spaces_of(axis)
+        space, *others = spaces_of(axis)
+        if others:
+            raise InvalidTarget(f"{target.name}: a scale over ({axis}) cannot grow; expected one over a single space")
         expansion = self.expansion(space, target.parameter.bases, place(target))
         fill = 1.0 if self.fresh.anew else None
         if target.parameter.module == "layer_scale":
@@ -548,6 +550,6 @@ def _unseen(N: Array, A: Matrix, C: Matrix, axis: int) -> Array:
     free = int((~np.isclose(A.apply(C.mT.apply(probe)), probe)).sum())
     scale = min(share, 1.0) * (free / (D - d)) ** 0.5 if d < D else 0.0
     seen = A.apply(C.mT.apply(N, axis), axis)
-    if isinstance(seen, np.ndarray) and seen is not N:
+    if isinstance(seen, np.ndarray) and not np.may_share_memory(seen, N):
         return np.multiply(np.subtract(N, seen, out=seen), scale, out=seen)
     return (N - seen) * scale

@@ -16,7 +16,7 @@ from functools import cache, cached_property
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from reprlib import Repr
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import onnx
 import onnx_ir as ir
@@ -333,13 +333,14 @@ def functions_end(contents: Contents) -> None:
         raise UnsupportedModel(f"its functions, written out, have more than {MOST_NODES:,} nodes")
 
 
-_FLOATS = ("epsilon", "scale", "alpha", "mask_filter_value", "softcap")
-_INTS = ("axis", "num_heads", "kv_num_heads", "unidirectional", "do_rotary", "rotary_interleaved", "interleaved")
-_INTS += ("is_packed_batching", "local_window_size", "rotary_embedding_dim", "past_present_share_buffer")
-_INTS += ("transA", "transB", "transBatchA", "transBatchB", "stash_type")
+_FLOATS = "epsilon scale alpha mask_filter_value softcap"
+_INTS = (
+    "axis num_heads kv_num_heads unidirectional do_rotary rotary_interleaved interleaved is_packed_batching stash_type "
+    "local_window_size rotary_embedding_dim past_present_share_buffer transA transB transBatchA transBatchB"
+)
 CONTRIB = {
-    **dict.fromkeys(_FLOATS, AttributeProto.FLOAT),
-    **dict.fromkeys(_INTS, AttributeProto.INT),
+    **dict.fromkeys(_FLOATS.split(), AttributeProto.FLOAT),
+    **dict.fromkeys(_INTS.split(), AttributeProto.INT),
     "qkv_hidden_sizes": AttributeProto.INTS,
 }
 """The types of attributes of ONNX Runtime's own operators, whose definitions the onnx package does not hold."""
@@ -367,7 +368,7 @@ def _attribute_types(operator: str, domain: str, version: int) -> Mapping[str, i
         schema = onnx.defs.get_schema(operator, version, domain)
     except onnx.defs.SchemaError:
         return {}
-    return {name: attribute.type.value for name, attribute in schema.attributes.items()}
+    return {name: cast(Any, attribute.type).value for name, attribute in schema.attributes.items()}
 
 
 def attributes_have_values(contents: Contents) -> None:

@@ -20,7 +20,7 @@ from growkit_onnx.infer import Scene
 from growkit_onnx.normalise import Normalised, normalise
 from growkit_onnx.surgery import OutputPolicy, Surgery
 from growkit_onnx.trial import Trial, trial
-from growkit_specs import GrowkitError, InvalidTarget, LayerGraph
+from growkit_specs import GrowkitError, InvalidModel, InvalidTarget, LayerGraph
 from growkit_specs.layout import spaces_of
 
 OPERATOR = ".growkit_operator.safetensors"
@@ -121,12 +121,20 @@ def read_model(adapter: Adapter, source: Any) -> Model:
     model = loaded()
     normalised = normalise(model)
     runs = trial(model)
+    _refuse_other_ranks(model, runs)
     scene = Scene(model.graph, runs.runs, model.opset_imports.get("", 1))
     description = describe(scene, normalised.ties, where)
     names = {name: values[0] for name, values in description.stored.items()}
     weights = LazyWeights(names, _array)
     origin = Origin(loaded, model, normalised, scene, runs, description, path)
     return Model(description.graph, weights, adapter, origin, _growth_beside(path))
+
+
+def _refuse_other_ranks(model: ir.Model, trial: Trial) -> None:
+    for value in model.graph.outputs:
+        given = trial.runs[0].get(value)
+        if value.shape is not None and given is not None and len(value.shape) != given.ndim:
+            raise InvalidModel(f"the output {value.name} is declared with {len(value.shape)} axes; it has {given.ndim}")
 
 
 def _array(value: ir.Value) -> np.ndarray:
