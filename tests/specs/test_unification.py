@@ -47,7 +47,7 @@ def unified(unifier: Unifier, a: Axis, b: Axis) -> bool:
     try:
         unifier.unify(a, b)
     except Conflict as conflict:
-        assert str(conflict).isprintable()
+        assert str(conflict).isprintable()  # noqa: PT017 - some cannot
         return False
     return True
 
@@ -228,7 +228,7 @@ def test_frozen_on_either_side_is_frozen_on_both() -> None:
         (
             ("concatenation", [("product", [2, 2]), 2]),
             ("concatenation", [3, 3]),
-            "no leading factor|lie across|goes through",
+            "lie across|goes through",
         ),
     ],
 )

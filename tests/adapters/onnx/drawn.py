@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -176,7 +177,7 @@ class _Drawing:
         self.numbers: dict[object, str] = {}
         self.places = 0
 
-    # --- the parts -----------------------------------------------------------------------------------------------------
+    # --- the parts ---------------------------------------------------------------------------------------------------
 
     def model(self) -> onnx.ModelProto:
         chosen = self.is_
@@ -373,7 +374,7 @@ class _Drawing:
             return self.node("MatMul", stream, weight), [self.sizes[0], CLASSES]
         return self.linear(stream, "logits", chosen.hidden, chosen.vocab), [*self.sizes, chosen.vocab]
 
-    # --- operators -------------------------------------------------------------------------------------------------------
+    # --- operators ---------------------------------------------------------------------------------------------------
 
     def norm(self, value: str, name: str) -> str:
         chosen = self.is_
@@ -449,7 +450,7 @@ class _Drawing:
         ends = np.cumsum([0, *sizes]).tolist()
         return [
             self.node("Slice", value, self.integer([a]), self.integer([b]), self.integer([-1]))
-            for a, b in zip(ends, ends[1:], strict=False)
+            for a, b in pairwise(ends)
         ]
 
     def noised(self, value: str) -> str:
@@ -483,7 +484,7 @@ class _Drawing:
     def sum(self, stream: str, branch: str) -> str:
         return self.node("Add", branch, stream) if self.is_.flipped else self.node("Add", stream, branch)
 
-    # --- nodes, weights and numbers --------------------------------------------------------------------------------------
+    # --- nodes, weights and numbers ----------------------------------------------------------------------------------
 
     def node(self, kind: str, *inputs: str, **attributes: Any) -> str:
         return self.build.node(kind, *inputs, **attributes)
