@@ -40,9 +40,8 @@ class Example:
             several = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
             names = list(inspect.signature(module.forward).parameters)
             if len(several) > len(names):
-                raise GrowkitError(
-                    f"{type(module).__name__}.forward takes {len(names)} inputs ({', '.join(names)}), got {len(several)}"
-                )
+                takes = f"{type(module).__name__}.forward takes {len(names)} inputs ({', '.join(names)})"
+                raise GrowkitError(f"{takes}, got {len(several)} example inputs")
             inputs = dict(zip(names, several, strict=False))
         odd = next((name for name, value in inputs.items() if not _is_tensor(value)), None)
         if odd is not None:

@@ -142,7 +142,7 @@ def _traced(module: torch.nn.Module, inputs: Mapping[str, torch.Tensor], varying
     torch.onnx.export(
         positional,
         tuple(inputs.values()),
-        file,
+        file,  # type: ignore[arg-type]
         dynamo=False,
         opset_version=OPSET,
         input_names=positional.inputs,
@@ -185,14 +185,12 @@ def _evaluating(module: torch.nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without what exporters say and warn of: a failure is an exception anyway."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    nowhere = io.StringIO()
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import numpy as np
 
 from growkit.adapters import Adapter, adapters
 from growkit.example import Example
-from growkit.model import LazyWeights, Model
+from growkit.model import Growth, LazyWeights, Model
 from growkit.operator import GrowthOperator
 from growkit_specs import (
     GrowkitError,
@@ -31,7 +33,6 @@ from growkit_specs import (
     UnsupportedFormat,
     UnsupportedModel,
 )
-from growkit_specs.layout import Leaf
 from growkit_torch.read import as_numpy, shared_names
 
 NUMBER = "{layer}"
@@ -46,15 +47,12 @@ class ExportedOrigin:
         example: The module, the inputs it runs on, and what builds larger ones.
         graph: The layer graph in the names of the module's state.
         exported: The exported model, as the ONNX adapter read it.
-        made: The spaces of tensors that the module makes by itself, and one such tensor for each: its entries would
-            be others at another size.
         operator: What grows it; None of a model that was read.
     """
 
     example: Example
     graph: LayerGraph
     exported: Model
-    made: Mapping[str, str]
     operator: GrowthOperator | None = None
 
     path = None
@@ -82,11 +80,11 @@ class ExportedOrigin:
         """
         if self.operator is not None:
             raise InvalidTarget("this model was grown in memory; read the larger module to grow it further")
-        for space, name in self.made.items():
-            if graph.sizes[space] != self.graph.sizes[space]:
+        for space in self.graph.spaces:
+            if graph.sizes[space.name] != space.size and space.frozen is not None:
                 raise InvalidTarget(
-                    f"{space} cannot grow from {self.graph.sizes[space]} to {graph.sizes[space]}: the module makes "
-                    f"{name} by itself, which is neither a parameter nor a buffer in its state; ask for sizes that keep it"
+                    f"{space.name} cannot grow from {space.size} to {graph.sizes[space.name]}: {space.frozen}; to "
+                    f"leave it, ask for {space.name}={space.size}"
                 )
         same = self.exported.graph.resized(graph.sizes, graph.depths)
         self.exported.adapter.resized(self.exported.origin, same, operator, Signature())
@@ -104,7 +102,24 @@ class ExportedOrigin:
             GrowkitError: Where nothing builds larger modules, or what was built does not take the tensors.
         """
         module = copy.deepcopy(self.module) if self.operator is None else self._larger(model.graph, state)
-        return module.to(dtype)
+        own = next(module.parameters()).dtype
+        return module.to(dtype) if self._runs(module, dtype) else module.to(own)
+
+    def _runs(self, module: Any, dtype: Any) -> bool:
+        """Whether a module runs in another type than its own; many make tensors of a type that they name."""
+        import torch
+
+        if dtype == next(self.module.parameters()).dtype:
+            return True
+        inputs = {
+            name: value.to(dtype) if value.is_floating_point() else value for name, value in self.example.inputs.items()
+        }
+        try:
+            with torch.no_grad():
+                module.to(dtype).eval()(**inputs)
+        except RuntimeError:
+            return False
+        return True
 
     def _larger(self, graph: LayerGraph, state: Mapping[str, Any]) -> Any:
         if self.example.build is None:
@@ -112,7 +127,7 @@ class ExportedOrigin:
                 f"nothing says how a larger {self.class_name} is made; give growkit.read a function build, or load the "
                 "weights into one: dict(large.weights)"
             )
-        module = self.example.build(graph)
+        module = self.example.build(graph).to(next(iter(state.values())).dtype)
         _fill(module, {**self._carried(module), **self._by_every_name(graph, state)}, graph)
         self._set_epsilons(module, graph)
         return module
@@ -175,10 +190,9 @@ def read_example(adapter: Adapter, example: Example) -> Model:
     exported = _read_as_onnx(example)
     module = example.module
     state = module.state_dict()
-    naming = _Naming(exported, module)
-    graph = naming.graph()
+    graph = _Naming(exported, module).graph()
     weights = LazyWeights({tensor.name: state[tensor.name] for tensor in graph.tensors()}, as_numpy)
-    return Model(graph, weights, adapter, ExportedOrigin(example, graph, exported, naming.made))
+    return Model(graph, weights, adapter, ExportedOrigin(example, graph, exported))
 
 
 def write_onnx(
@@ -199,8 +213,17 @@ def write_onnx(
 
     inputs = next(iter(model.origin.inputs(model.graph, 0)))
     example = Example.of(model.to_torch(), {name: torch.from_numpy(value) for name, value in inputs.items()})
-    exported = replace(_read_as_onnx(example), growth=model.growth)
+    exported = replace(_read_as_onnx(example), growth=_told_from(model, destination))
     exported.adapter.write(exported, exported.origin, destination, progress, check)
+
+
+def _told_from(model: Model, destination: Path) -> Growth | None:
+    """How a model was grown, as it is told beside a file: its source's path starts there."""
+    growth = model.growth
+    if growth is None or growth.recipe is None or model.origin.path is None:
+        return growth
+    source = os.path.relpath(model.origin.path, destination.parent)
+    return replace(growth, recipe=growth.recipe.model_copy(update={"source": source}))
 
 
 def refuse_directory(origin: ExportedOrigin, destination: Path) -> None:
@@ -210,25 +233,31 @@ def refuse_directory(origin: ExportedOrigin, destination: Path) -> None:
         UnsupportedFormat: Always.
     """
     raise UnsupportedFormat(
-        f"{destination}: no library reads a directory of a {origin.class_name}; name a file OUT.onnx, or save the state "
-        "of large.to_torch()"
+        f"{destination}: no library reads a directory of a {origin.class_name}; name a file OUT.onnx, or save the "
+        "state of large.to_torch()"
     )
 
 
 def _read_as_onnx(example: Example) -> Model:
-    config = getattr(example.module, "config", None)
-    caches = getattr(config, "use_cache", None)
     try:
-        if caches:
-            config.use_cache = False  # keys and values of earlier tokens are no outputs of the model
-        return adapters()["onnx"].read(example)
+        with _without_cache(example.module):
+            return adapters()["onnx"].read(example)
     except (KeyError, ImportError) as error:
-        raise GrowkitError(
-            f"a module is exported to ONNX for this, which takes growkit[onnx]; install it ({error})"
-        ) from None
+        raise GrowkitError(f"a module is exported to ONNX for this; install growkit[onnx] ({error})") from None
+
+
+@contextmanager
+def _without_cache(module: Any) -> Iterator[None]:
+    """A module whose config asks for it keeps keys and values of earlier tokens, which are no outputs of the model."""
+    config = vars(module).get("config")
+    if config is None or not getattr(config, "use_cache", False):
+        yield
+        return
+    config.use_cache = False
+    try:
+        yield
     finally:
-        if caches:
-            config.use_cache = caches
+        config.use_cache = True
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -243,22 +272,23 @@ class _Naming:
         self.state = module.state_dict()
         self.first = shared_names(self.state)
         self.holders: dict[str, str] = {}
-        self.made: dict[str, str] = {}
-        heads = exported.origin.description.names.leaves("head_dim")
-        self.is_rotary = any(len(factors) > 1 or not isinstance(factors[0], Leaf) for factors in heads)
+        self.frozen: dict[str, str] = {}
+        self.is_rotary = exported.origin.is_divided("head_dim")
 
     def graph(self) -> LayerGraph:
         told = self.exported.graph
-        named = told.model_copy(
-            update={
-                "architecture": "exported",
-                "attributes": {**told.attributes, "class": type(self.module).__name__},
-                "stem": self.layers(told.stem, None),
-                "stacks": tuple(s.model_copy(update={"layers": self.layers(s.layers, s)}) for s in told.stacks),
-                "head": self.layers(told.head, None),
-            }
-        ).revalidated()
-        return _with_settable_epsilons(named, self.module)
+        layers: dict[str, Any] = {
+            "stem": self.layers(told.stem, None),
+            "stacks": tuple(s.model_copy(update={"layers": self.layers(s.layers, s)}) for s in told.stacks),
+            "head": self.layers(told.head, None),
+        }
+        facts = {
+            "architecture": "exported",
+            "attributes": {**told.attributes, "class": type(self.module).__name__},
+            "spaces": tuple(s.model_copy(update={"frozen": s.frozen or self.frozen.get(s.name)}) for s in told.spaces),
+        }
+        named = told.model_copy(update=layers | facts).revalidated()
+        return _with_own_epsilons(named, self.module)
 
     def layers(self, layers: Sequence[Layer], stack: Stack | None) -> tuple[Layer, ...]:
         """The layers of a block that hold parameters of the module."""
@@ -269,7 +299,8 @@ class _Naming:
         for parameter in layer.parameters:
             name = self.name(parameter.name, stack)
             if name is None:
-                self.made |= dict.fromkeys(parameter.parsed.spaces, parameter.name)
+                reason = f"the module makes {parameter.name} by itself, which is not in its state"
+                self.frozen |= dict.fromkeys(parameter.parsed.spaces, reason)
                 continue
             tied = self.holders.get(name)
             own = self.alias(name) if tied else name
@@ -286,18 +317,17 @@ class _Naming:
         """The first name that the module has for a parameter; None for what it makes by itself.
 
         Raises:
-            UnsupportedModel: Where only some layers have it.
+            UnsupportedModel: Where its layers' names do not follow their numbers.
         """
-        plain = name.rstrip("'")
         layers = range(stack.depth) if stack is not None and not stack.shared else range(1)
-        names = [plain.replace(NUMBER, str(i)) for i in layers]
-        missing = [name for name in names if name not in self.state]
-        if len(missing) == len(names):
+        own = [self.exported.origin.initializer(name.replace(NUMBER, str(i))) for i in layers]
+        if not self.state.keys() & set(own):
             return None
-        if missing:
+        plain = name.rstrip("'") if NUMBER in name else own[0]
+        if own != [plain.replace(NUMBER, str(i)) for i in layers] or not self.state.keys() >= set(own):
             raise UnsupportedModel(
-                f"{type(self.module).__name__}: no {missing[0]} beside {(set(names) - set(missing)).pop()}; expected "
-                "blocks that are numbered from 0 in the names of their parameters"
+                f"{type(self.module).__name__}: expected blocks that are numbered from 0 in the names of their "
+                f"parameters, got {', '.join(own[:3])}"
             )
         return self.first.get(plain, plain)
 
@@ -311,36 +341,46 @@ class _Naming:
         return alias
 
 
-def _with_settable_epsilons(graph: LayerGraph, module: Any) -> LayerGraph:
-    """The graph without the epsilon keys of norms whose module holds no epsilon that could follow a growth."""
-    fixed = {
-        tensor.owner.name
+def _with_own_epsilons(graph: LayerGraph, module: Any) -> LayerGraph:
+    """The graph with the epsilons that the module holds; those that it does not hold cannot follow a growth.
+
+    A file holds them in float32.
+    """
+    own = {
+        tensor.key.rpartition("/")[0]: next(iter(_epsilons(module, tensor).values()), None)
         for tensor in graph.tensors(tied=True)
-        if tensor.owner.kind == "norm" and not _epsilons(module, tensor)
+        if tensor.owner.kind == "norm"
     }
 
-    def settled(layers: Sequence[Layer]) -> tuple[Layer, ...]:
-        return tuple(
-            layer.model_copy(update={"attributes": {k: v for k, v in layer.attributes.items() if k != "epsilon_key"}})
-            if layer.name in fixed
-            else layer
-            for layer in layers
-        )
+    def settled(layers: Sequence[Layer], stack: str) -> tuple[Layer, ...]:
+        return tuple(_with_epsilon(layer, own.get(f"{stack}/{layer.name}")) for layer in layers)
 
-    stacks = tuple(stack.model_copy(update={"layers": settled(stack.layers)}) for stack in graph.stacks)
-    update = {"stem": settled(graph.stem), "stacks": stacks, "head": settled(graph.head)}
+    stacks = tuple(s.model_copy(update={"layers": settled(s.layers, s.name)}) for s in graph.stacks)
+    update = {"stem": settled(graph.stem, ""), "stacks": stacks, "head": settled(graph.head, "")}
     return graph.model_copy(update=update).revalidated()
 
 
-def _epsilons(module: Any, tensor: Tensor) -> list[str]:
-    """The attributes that hold the epsilon of the norm that a tensor belongs to."""
+def _with_epsilon(norm: Layer, epsilon: float | None) -> Layer:
+    """A norm with another epsilon; with none it has no key by which it could be changed."""
+    if norm.kind != "norm":
+        return norm
+    attributes = dict(norm.attributes)
+    if epsilon is None:
+        attributes.pop("epsilon_key", None)
+    else:
+        attributes["epsilon"] = epsilon
+    return norm.model_copy(update={"attributes": attributes})
+
+
+def _epsilons(module: Any, tensor: Tensor) -> dict[str, float]:
+    """The attributes that hold the epsilon of the norm that a tensor belongs to, and their values."""
     holder = module.get_submodule(tensor.name.rpartition(".")[0])
     epsilon = float(tensor.owner.attributes.get("epsilon") or 0)
-    return [
-        name
+    return {
+        name: value
         for name, value in vars(holder).items()
         if isinstance(value, float) and math.isclose(value, epsilon, rel_tol=1e-5)
-    ]
+    }
 
 
 # --- a larger module -------------------------------------------------------------------------------------------------
@@ -367,8 +407,8 @@ def _fill(module: Any, state: Mapping[str, Any], graph: LayerGraph) -> None:
     missing = next((key for key, _ in module.named_parameters() if key not in state), None)
     if missing is not None:
         raise GrowkitError(
-            f"the built {name} has {missing} {list(own[missing].shape)}, which the source has not; expected a module of "
-            f"{sizes}"
+            f"the built {name} has {missing} {list(own[missing].shape)}, for which the source has nothing of that "
+            f"shape; expected a module of {sizes}"
         )
     for alias, first in shared_names(own).items():
         if alias in layouts and first in layouts:
