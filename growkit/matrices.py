@@ -209,6 +209,12 @@ class _Gathering(Matrix):
 
 def _gather(x: Array, index: np.ndarray, axis: int) -> Array:
     """Entries ``index`` of ``x`` along ``axis``; -1 gives zero."""
+    if isinstance(x, np.ndarray) and x.shape[axis]:
+        if len(index) and index[0] >= 0 and np.array_equal(index, np.arange(index[0], index[0] + len(index))):
+            return x[(slice(None),) * axis + (slice(int(index[0]), int(index[0]) + len(index)),)]
+        taken = np.take(x, index, axis)
+        taken[(slice(None),) * axis + (index < 0,)] = 0
+        return taken
     xp = namespace(x)
     if (index < 0).any():  # one zero entry after the last, which is what -1 names
         shape = (*x.shape[:axis], 1, *x.shape[axis + 1 :])

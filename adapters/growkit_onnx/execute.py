@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from growkit_onnx import attention, fused, operators, spatial
+from growkit_onnx.laws import shown
 from growkit_onnx.operation import DataDependent, Operation, as_torch, named, run_type, torch_dtype
 from growkit_specs import GrowkitError, InvalidModel, UnsupportedModel
 
@@ -65,8 +66,8 @@ def run_node(node: ir.Node, inputs: Sequence[Tensor | None], opset: int, dtype: 
     """
     entry = TABLE.get((_domain(node), node.op_type))
     if entry is None:
-        domain = node.domain or "ai.onnx"
-        raise UnsupportedModel(f"{named(node)}: the operator {node.op_type} of domain {domain} is not known to growkit")
+        domain, operator = (shown(text)[1:-1] for text in (node.domain or "ai.onnx", node.op_type))
+        raise UnsupportedModel(f"{named(node)}: the operator {operator} of domain {domain} is not known to growkit")
     op = Operation(node, opset, dtype)
     arguments = [op.read(value) if value is not None and i in entry.reads else value for i, value in enumerate(inputs)]
     try:

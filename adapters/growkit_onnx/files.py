@@ -76,7 +76,22 @@ def from_proto(proto: ModelProto) -> ir.Model:
         InvalidModel: Where it contradicts itself.
         UnsupportedModel: Where it holds what is not understood here, or is newer than the installed onnx.
     """
-    return _understood(proto, "the ONNX model")
+    model = _understood(proto, "the ONNX model")
+    for graph in (model.graph, *model.graph.subgraphs()):
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                value.const_value = _named_apart(value.const_value)
+    return model
+
+
+def _named_apart(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """A tensor that may be renamed while the message that holds its data stays as it is."""
+    dtype, shape, name, doc = tensor.dtype, tensor.shape, tensor.name, tensor.doc_string
+    if dtype == ir.DataType.STRING:
+        return ir.StringTensor(tensor.numpy(), shape=ir.Shape(shape.numpy()), name=name, doc_string=doc)
+    apart = ir.LazyTensor(lambda: tensor, dtype, ir.Shape(shape.numpy()), name=name, doc_string=doc)
+    apart.metadata_props.update(tensor.metadata_props)
+    return apart
 
 
 def _parsed(path: Path, own: str) -> ModelProto:

@@ -15,9 +15,9 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir as ir
 
-from growkit_onnx.operation import as_numpy, data_type
+from growkit_onnx.operation import as_numpy, data_type, named
 from growkit_onnx.rules import CONTRIB, Axes, rule_of
-from growkit_specs import InvalidModel
+from growkit_specs import InvalidModel, UnsupportedModel
 from growkit_specs.layout import Axis
 from growkit_specs.unification import ONE, Conflict, Sizes, Unifier
 
@@ -99,7 +99,17 @@ class Scene:
         for node in self.graph:
             if all(out in self.runs[0] for out in node.outputs if out.name):
                 self._node = node
-                rule_of(node)(self, node)
+                self._state(node)
+
+    def _state(self, node: ir.Node) -> None:
+        """State what an operator says of the axes of what it reads and makes."""
+        try:
+            rule_of(node)(self, node)
+        except (ValueError, IndexError):  # it runs, but not as the operator is meant
+            given = [list(self.runs[0][value].shape) for value in node.inputs if value is not None]
+            raise UnsupportedModel(
+                f"{named(node)}: inputs of shapes {given} are in no form that is understood"
+            ) from None
 
     # --- looking up --------------------------------------------------------------------------------------------------
 

@@ -10,13 +10,13 @@ import math
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from reprlib import Repr
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import onnx
 import onnx_ir as ir
@@ -333,6 +333,44 @@ def functions_end(contents: Contents) -> None:
         raise UnsupportedModel(f"its functions, written out, have more than {MOST_NODES:,} nodes")
 
 
+_FLOATS = "epsilon scale alpha mask_filter_value softcap"
+_INTS = (
+    "axis num_heads kv_num_heads unidirectional do_rotary rotary_interleaved interleaved is_packed_batching stash_type "
+    "local_window_size rotary_embedding_dim past_present_share_buffer transA transB transBatchA transBatchB"
+)
+CONTRIB = {
+    **dict.fromkeys(_FLOATS.split(), AttributeProto.FLOAT),
+    **dict.fromkeys(_INTS.split(), AttributeProto.INT),
+    "qkv_hidden_sizes": AttributeProto.INTS,
+}
+"""The types of attributes of ONNX Runtime's own operators, whose definitions the onnx package does not hold."""
+
+
+def attributes_fit_operators(contents: Contents) -> None:
+    """Every attribute of a known operator is of the type that the operator's definition says."""
+    for body in contents.bodies:
+        opsets = {_domain(o.domain): o.version for o in (body.root or contents.model).opset_import}
+        for node in body.proto.node:
+            expected = _attribute_types(node.op_type, _domain(node.domain), opsets[_domain(node.domain)])
+            for attribute in node.attribute:
+                if attribute.ref_attr_name or attribute.type == expected.get(attribute.name, attribute.type):
+                    continue
+                wanted, got = (AttributeProto.AttributeType.Name(t) for t in (expected[attribute.name], attribute.type))
+                raise InvalidModel(f"{Place(body, node, attribute.name)} is of type {got}; expected {wanted}")
+
+
+@cache
+def _attribute_types(operator: str, domain: str, version: int) -> Mapping[str, int]:
+    """The types of an operator's attributes, as far as they are known."""
+    if domain == "com.microsoft":
+        return CONTRIB
+    try:
+        schema = onnx.defs.get_schema(operator, version, domain)
+    except onnx.defs.SchemaError:
+        return {}
+    return {name: cast(Any, attribute.type).value for name, attribute in schema.attributes.items()}
+
+
 def attributes_have_values(contents: Contents) -> None:
     """Every attribute says what it is, and its texts are UTF-8."""
     for body in contents.bodies:
@@ -502,6 +540,7 @@ LAWS = (
     opsets_are_imported,
     functions_end,
     attributes_have_values,
+    attributes_fit_operators,
     nothing_is_lost,
     types_are_known,
     tensors_are_whole,

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from growkit_onnx.laws import shown
 from growkit_specs import UnsupportedModel
 
 # torch has no arithmetic on wide unsigned integers: these are held in the next signed type.
@@ -91,7 +92,7 @@ def as_numpy(tensor: Tensor) -> np.ndarray:
 def named(node: ir.Node) -> str:
     """How a message calls a node: its name, or what it computes, and its operator."""
     operator = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
-    return f"node '{node.name or (node.outputs[0].name if node.outputs else '')}' ({operator})"
+    return f"node {shown(node.name or (node.outputs[0].name if node.outputs else ''))} ({shown(operator)[1:-1]})"
 
 
 @dataclass(frozen=True)

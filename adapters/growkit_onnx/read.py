@@ -25,7 +25,7 @@ from growkit_onnx.ports import with_ports
 from growkit_onnx.surgery import Surgery
 from growkit_onnx.tails import insert_reads
 from growkit_onnx.trial import Trial, trial
-from growkit_specs import InvalidTarget, LayerGraph, Recipe, Signature, UnsupportedModel
+from growkit_specs import InvalidModel, InvalidTarget, LayerGraph, Recipe, Signature, UnsupportedModel
 from growkit_specs.layout import Leaf
 from growkit_specs.recipe import CachePolicy, OutputPolicy
 
@@ -181,6 +181,7 @@ def _read(adapter: Adapter, loaded: Callable[[], ir.Model], path: Path | None = 
 
 def _inferred(model: ir.Model, normalised: Normalised, where: str) -> tuple[Trial, Scene, Description]:
     runs = trial(model)
+    _refuse_other_ranks(model, runs)
     scene = Scene(model.graph, runs.runs, model.opset_imports.get("", 1))
     return runs, scene, _described(model, describe(scene, normalised.ties, where), scene)
 
@@ -201,6 +202,13 @@ def _refuse_caches(changes: Mapping[str, Sequence[str]]) -> None:
             f"the cached keys and values among the inputs and outputs change with {what}; leave out kv_cache 'refuse', "
             "or ask for sizes that leave them"
         )
+
+
+def _refuse_other_ranks(model: ir.Model, trial: Trial) -> None:
+    for value in model.graph.outputs:
+        given = trial.runs[0].get(value)
+        if value.shape is not None and given is not None and len(value.shape) != given.ndim:
+            raise InvalidModel(f"the output {value.name} is declared with {len(value.shape)} axes; it has {given.ndim}")
 
 
 def _array(value: ir.Value) -> np.ndarray:

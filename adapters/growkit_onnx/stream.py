@@ -66,6 +66,10 @@ class Stream:
         self._same: dict[ir.Value, ir.Value] = {}
         self._leaves = set(self.spaces)
         self._carrying: dict[ir.Value, bool] = {}
+        self._flat: set[ir.Value] = set()
+        for node in self.scene.graph:
+            if self._spreads(node):
+                self._flat.update(node.outputs)
         inside = nodes_of(self.norms)
         bent: list[tuple[ir.Value, ir.Node]] = []
         for node in self.scene.graph:
@@ -88,11 +92,22 @@ class Stream:
     def carries(self, value: ir.Value) -> bool:
         """Whether a value that is computed, not stored, lives in a residual stream's space."""
         if value not in self._carrying:
-            known = value in self.scene.runs[0] and not self.scene.is_weight(value)
-            self._carrying[value] = known and any(
-                self.scene.unifier.resolve(axis) in self._leaves for axis in self.scene.axes(value)
-            )
+            known = value in self.scene.runs[0] and not self.scene.is_weight(value) and value not in self._flat
+            self._carrying[value] = known and self._has_axis(value)
         return self._carrying[value]
+
+    def _has_axis(self, value: ir.Value) -> bool:
+        return any(self.scene.unifier.resolve(axis) in self._leaves for axis in self.scene.axes(value))
+
+    def _spreads(self, node: ir.Node) -> bool:
+        """Whether a node gives one number for all entries of the stream: a mask that is spread over them."""
+        if any(out not in self.scene.runs[0] for out in node.outputs) or not self._has_axis(node.outputs[0]):
+            return False
+        living = [v for v in node.inputs if v is not None and v in self.scene.runs[0] and self._has_axis(v)]
+        if node.op_type in ("Expand", "Tile", "ConstantOfShape"):
+            return not living or self._flat.issuperset(living)
+        known = node.op_type in ELEMENTWISE | NONLINEAR | _MOVING
+        return known and bool(living) and self._flat.issuperset(living)
 
     def basis(self, value: ir.Value) -> ir.Value:
         """A value that stands for the basis of ``value``."""
