@@ -79,6 +79,8 @@ class Stream:
                 continue
             if node.op_type in NONLINEAR and node.op_type not in ADDED:
                 bent += [(value, node) for value in carrying]
+            elif node.op_type == "Div" and node.inputs[1] in carrying and node.inputs[0] not in carrying:
+                bent += [(value, node) for value in carrying]
             elif node.op_type in SCALING and self._scales_entries(node):
                 roots = self.entrywise_roots(node)
                 bent += [(root, node) for root in roots if len(roots) == 1]
