@@ -1,12 +1,19 @@
 """Every file grows and computes what it did, or is refused with its reason: there is no third outcome."""
 
+import re
 from pathlib import Path
 
+import numpy as np
 import onnx
+import onnxruntime
 import pytest
 
 import growkit
-from tests.adapters.onnx.zoo import FILES, GROWS, SLICE, File, make
+from growkit_onnx.execute import Executor
+from growkit_onnx.files import load
+from growkit_onnx.normalise import normalise
+from growkit_specs import Layer
+from tests.adapters.onnx.zoo import FILES, GROWS, NOWHERE, SLICE, File, inputs, make
 from tests.golden import onnx_files
 
 MADE = [
@@ -47,6 +54,36 @@ def expected_sizes(file: File) -> dict[str, int]:
     if stack.kv_heads != stack.heads and stack.kv_heads > 1:
         return sizes | {"kv_heads": stack.kv_heads, "group": stack.heads // stack.kv_heads}
     return sizes | {"heads": stack.heads}
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "vit"])
+def test_equal_sizes_confuse_nothing(family: str) -> None:
+    """A model whose every size is the same is told from its dataflow like one whose sizes differ."""
+    clear, equal = (
+        growkit.read(make(next(file for file in SLICE if file.name.startswith(f"{name}-legacy17-eager")))).graph
+        for name in (family, f"{family}-equal")
+    )
+    assert list(clear.sizes) == list(equal.sizes)
+    assert clear.depths == equal.depths
+    assert [lines(layer) for _, layer in clear.walk()] == [lines(layer) for _, layer in equal.walk()]
+
+
+def lines(layer: Layer) -> list[str]:
+    """The layer's slots and their layouts, kernels and grids aside."""
+    return [f"{p.slot}: {re.sub('[0-9]+', 'n', p.layout)}" for p in layer.parameters]
+
+
+@pytest.mark.parametrize("file", [param for param in MADE if param.values[0].runs != NOWHERE])
+def test_torch_computes_what_onnx_runtime_does(file: File) -> None:
+    model = load(make(file))
+    normalise(model)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(make(file), options, providers=["CPUExecutionProvider"])
+    values = inputs(file, 2, 5)
+    computed = Executor(model)(values)
+    for output, expected in zip(session.get_outputs(), session.run(None, values), strict=True):
+        np.testing.assert_allclose(computed[output.name].numpy(), expected, atol=onnx_files.limit(file), rtol=1e-4)
 
 
 def test_a_signature_stays(tmp_path: Path) -> None:

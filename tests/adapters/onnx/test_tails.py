@@ -1,4 +1,4 @@
-"""What looks at the stream behind the last layer gets it as it was: an embedding divided by its length stays what it is."""
+"""What looks at the stream behind the last layer gets it as it was: a normalised embedding stays what it is."""
 
 from pathlib import Path
 
