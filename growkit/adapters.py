@@ -31,6 +31,8 @@ class Adapter(Protocol):
     """
 
     name: str
+    suffix: str
+    """What the names of what it writes end with; empty for directories."""
 
     def matches(self, source: Any) -> bool:
         """Whether this adapter reads ``source``; cheap, and imports no framework."""

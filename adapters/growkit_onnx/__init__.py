@@ -20,6 +20,7 @@ class OnnxAdapter:
     """Reads and writes ONNX files of any exporter. Importing it imports no framework."""
 
     name = "onnx"
+    suffix = ".onnx"
 
     def matches(self, source: Any) -> bool:
         """Whether ``source`` is an ``.onnx`` file or an ``onnx.ModelProto``."""

@@ -17,6 +17,7 @@ import onnxruntime as ort
 import torch
 
 from growkit.adapters import Forward
+from growkit.caches import fed
 from growkit.matrices import Array
 from growkit.model import Model
 from growkit_onnx.execute import Executor
@@ -172,6 +173,7 @@ def random_inputs(model: Model, seed: int, forward: Forward) -> Iterator[dict[st
         inputs = {
             name: _drawn(origin, value, shapes[name], rng, padded=padded) for name, value in _given(origin).items()
         }
+        inputs = fed(origin.description.graph, model.graph, origin.operator, inputs)
         try:
             forward(inputs)
         except GrowkitError as error:

@@ -173,7 +173,7 @@ def _read(adapter: Adapter, loaded: Callable[[], ir.Model], path: Path | None = 
     if description.tails:
         insert_reads(model.graph, description.tails)
         runs, scene, description = _inferred(model, normalised, where)
-    names = {name: values[0] for name, values in description.stored.items()}
+    names = {tensor.name: description.stored[tensor.name][0] for tensor in description.graph.tensors()}
     weights = LazyWeights(names, _array)
     origin = Origin(loaded, model, normalised, scene, runs, description, path)
     return Model(description.graph, weights, adapter, origin, _growth_beside(path))

@@ -77,9 +77,8 @@ class Stream:
             if node in inside or not carrying or not self.carries(node.outputs[0]):
                 bent += [(v, node) for v in carrying if node not in inside and self._bends(node)]
                 continue
-            if node.op_type in NONLINEAR and node.op_type not in ADDED:
-                bent += [(value, node) for value in carrying]
-            elif node.op_type == "Div" and node.inputs[1] in carrying and node.inputs[0] not in carrying:
+            divides = node.op_type == "Div" and node.inputs[1] in carrying and node.inputs[0] not in carrying
+            if divides or node.op_type in NONLINEAR:
                 bent += [(value, node) for value in carrying]
             elif node.op_type in SCALING and self._scales_entries(node):
                 roots = self.entrywise_roots(node)

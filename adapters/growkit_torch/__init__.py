@@ -20,6 +20,7 @@ class TorchAdapter:
     """Reads and writes transformers' modules and directories. Importing it imports no framework."""
 
     name = "torch"
+    suffix = ""
 
     def matches(self, source: Any) -> bool:
         """Whether ``source`` is a directory with a config, a config file, or a module."""

@@ -6,18 +6,18 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from hashlib import sha256
 from itertools import pairwise
+from math import isclose
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from growkit.adapters import Adapter, Forward
+from growkit.adapters import Adapter
 from growkit.grow import grow
 from growkit.model import Model
 from growkit.plan import plan
 from growkit.testing.function_law import Runnable, assert_preserved
 from growkit.testing.law import assert_equal, broken
-from growkit.verify import generated_inputs
 from growkit_specs import GrowkitError, InvalidTarget, LayerGraph, Target, Tensor, UnsupportedFormat
 
 DOUBLED = ("hidden", "layers", "ffn", "vocab")
@@ -127,7 +127,7 @@ def _runs(law: str, model: Model, folder: Path) -> tuple[str, ...]:
     """Outputs are finite; those in a space that grows have its size. Of the others a class may lack some."""
     graph = model.graph
     growing = [port for port in graph.outputs if port.space and graph.kinds[port.space] != "fixed"]
-    for outputs in _outputs(model.adapter.forward(model), graph):
+    for outputs in _outputs(model, model):
         for name, size in ((port.name, graph.sizes[str(port.space)]) for port in growing):
             if name not in outputs:
                 raise broken(law, f"output {name}", "one, as the graph has it", ", ".join(sorted(outputs)) or "none")
@@ -141,15 +141,17 @@ def _runs(law: str, model: Model, folder: Path) -> tuple[str, ...]:
     return ()
 
 
-def _outputs(forward: Forward, graph: LayerGraph) -> Iterator[dict[str, np.ndarray]]:
-    for inputs in generated_inputs(graph, 0):
+def _outputs(model: Model, source: Model) -> Iterator[dict[str, np.ndarray]]:
+    """What a model gives for inputs of ``source``."""
+    forward = model.adapter.forward(model)
+    for inputs in source.adapter.inputs(source, 0, forward):
         yield {name: np.asarray(value) for name, value in forward(inputs).items()}
 
 
 def _identity(law: str, model: Model, folder: Path) -> tuple[str, ...]:
     same = grow(model)
     _assert_same_model(law, model, same)
-    pairs = zip(*(_outputs(m.adapter.forward(m), m.graph) for m in (model, same)), strict=True)
+    pairs = zip(*(_outputs(each, model) for each in (model, same)), strict=True)
     for before, after in pairs:
         for name, value in before.items():
             assert_equal(law, f"output {name}", value, after.get(name, np.empty(0, value.dtype)))
@@ -157,7 +159,7 @@ def _identity(law: str, model: Model, folder: Path) -> tuple[str, ...]:
 
 
 def _writes(law: str, model: Model, folder: Path) -> Iterator[str]:
-    yield from _written(law, model, folder / "same")
+    yield from _written(law, model, folder / f"same{model.adapter.suffix}")
 
 
 def _grows(law: str, model: Model, folder: Path) -> Iterator[str]:
@@ -174,7 +176,7 @@ def _grows(law: str, model: Model, folder: Path) -> Iterator[str]:
         _runs(f"{law} of {name}", large, folder)
         if planned.preserving:
             assert_preserved(f"{law} of {name}", Runnable(model), Runnable(large))
-        yield from _written(f"{law} of {name}, written and read back", large, folder / name)
+        yield from _written(f"{law} of {name}, written and read back", large, folder / f"{name}{model.adapter.suffix}")
 
 
 class _Refused(Exception):
@@ -231,8 +233,17 @@ def _differences(expected: LayerGraph, got: LayerGraph) -> Iterator[tuple[str, o
             yield f"the graph's {part}", getattr(expected, part), getattr(got, part)
     before, after = _facts(expected), _facts(got)
     for key in before | after:
-        if before.get(key) != after.get(key):
+        if not _same(before.get(key), after.get(key)):
             yield key, before.get(key), after.get(key)
+
+
+def _same(a: object, b: object) -> bool:
+    """Whether two facts are the same; numbers up to float32, in which a format may keep them."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, float) and isinstance(b, float):
+        return isclose(a, b, rel_tol=np.finfo(np.float32).eps)
+    return a == b
 
 
 def _facts(graph: LayerGraph) -> dict[str, object]:

@@ -24,6 +24,7 @@ class MemoryAdapter:
     """The adapter of models that are a layer graph and arrays, and nothing else; the reference runs them."""
 
     name = "memory"
+    suffix = ""
 
     def matches(self, source: Any) -> bool:
         """Whether ``source`` is such a model."""
