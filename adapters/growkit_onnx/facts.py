@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
 
@@ -73,8 +72,7 @@ class Facts:
         return self.ties.get(str(stored.name), str(stored.name))
 
     def _obstacle(self) -> str:
-        reasons = Counter(self.scene.unifier._frozen.values())
-        unknown = [reason for reason in reasons if reason.startswith("the operator")]
+        unknown = [reason for reason in self.scene.unifier.reasons() if reason.startswith("the operator")]
         return f"; {unknown[0]} is not understood" if unknown else ""
 
     def position(self, norm: Norm) -> str:

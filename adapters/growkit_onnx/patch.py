@@ -72,6 +72,8 @@ class Resizing:
         self.graph, self.scene, self.names, self.copies = graph, scene, names, copies
         self.opset = scene.opset
         self.count = 0
+        self._taken = {str(value.name) for value in (*graph.inputs, *graph.initializers.values())}
+        self._taken.update(str(value.name) for node in graph for value in node.outputs)
         self._sizes = [
             {**sizes, **{leaf: leaf_sizes[r] for leaf, leaf_sizes in scene.unifier.spaces().items()}}
             for r in range(len(scene.runs))
@@ -191,9 +193,7 @@ class Resizing:
     def initializer(self, name: str, entries: Any) -> ir.Value:
         """A new constant, whose value is known in every run."""
         array = np.asarray(entries)
-        while name in self.graph.initializers or name in self._taken:
-            name += "_"
-        self._taken.add(name)
+        name = self._free(name)
         tensor = ir.tensor(array, name=name)
         value = ir.Value(name=name, shape=ir.Shape(array.shape), const_value=tensor, type=ir.TensorType(tensor.dtype))
         self.graph.register_initializer(value)
@@ -201,13 +201,12 @@ class Resizing:
             run[value] = as_torch(tensor, name)
         return value
 
-    @property
-    def _taken(self) -> set[str]:
-        if not hasattr(self, "_names"):
-            self._names = {str(v.name) for node in self.graph for v in node.outputs} | {
-                str(v.name) for v in self.graph.inputs
-            }
-        return self._names
+    def _free(self, name: str) -> str:
+        """A name that nothing has."""
+        while name in self._taken:
+            name += "_"
+        self._taken.add(name)
+        return name
 
     def replace_input(self, node: ir.Node, index: int, entries: Any) -> None:
         """Give a node a constant of its own for one input."""
@@ -220,11 +219,7 @@ class Resizing:
         """A new node before another one, run at once."""
         node = ir.node(op, inputs, attributes or None)
         (out,) = node.outputs
-        name = f"{before.name}_{op.lower()}"
-        while name in self._taken:
-            name += "_"
-        self._taken.add(name)
-        out.name = node.name = name
+        out.name = node.name = self._free(f"{before.name}_{op.lower()}")
         out.type = inputs[0].type
         self.graph.insert_before(before, node)
         for run in self.runs:

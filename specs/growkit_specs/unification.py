@@ -12,7 +12,7 @@ sequence) and what is refined must divide in each.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 
 from growkit_specs.errors import LayoutError
@@ -112,6 +112,10 @@ class Unifier:
     def frozen(self, axis: Axis) -> str | None:
         """Why the axis must keep its size; None where nothing says so."""
         return next((self._frozen[space] for space in self.leaves(axis) if space in self._frozen), None)
+
+    def reasons(self) -> tuple[str, ...]:
+        """Every reason for which a space is frozen, each once."""
+        return tuple(dict.fromkeys(self._frozen.values()))
 
     # --- making equal ------------------------------------------------------------------------------------------------
 
@@ -286,8 +290,3 @@ class Unifier:
     def _text(self, axis: Axis) -> str:
         sizes = self.sizes(axis)
         return str(sizes[0]) if len(set(sizes)) == 1 else " or ".join(map(str, sizes))
-
-
-def total(parts: Iterable[Sizes]) -> Sizes:
-    """The sum of sizes, run by run."""
-    return tuple(map(sum, zip(*parts, strict=True)))

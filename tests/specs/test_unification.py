@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from growkit_specs.layout import Axis, Concatenation, Fixed, Leaf, Product, concatenation, product
-from growkit_specs.unification import ONE, Conflict, Sizes, Unifier, total
+from growkit_specs.unification import ONE, Conflict, Sizes, Unifier
 
 RUNS = 2
 SMALL = st.sampled_from([2, 4])  # sizes coincide nearly always
@@ -267,7 +267,6 @@ def test_what_differs_between_runs_is_dynamic() -> None:
     assert [unifier.is_dynamic(factor) for factor in unifier.factors(flat)] == [True, False]
     assert unifier.fresh((1, 1)) == ONE == Product(())
     assert unifier.sizes(Fixed(3)) == (3, 3)
-    assert total([(1, 2), (3, 4)]) == (4, 6)
 
 
 def test_long_chains_stay_small() -> None:
