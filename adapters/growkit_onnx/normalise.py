@@ -790,13 +790,23 @@ def _put_together(graph: ir.Graph, norm: ir.Node, match: _Match) -> None:
     )
     for new in fused.outputs:
         new.name = ""
-    fused.outputs[-1].name = f"{_name(norm.outputs[0])}/{fusion.outputs[len(fused.outputs) - 1]}"  # or it is cut off
+    last = f"{_name(norm.outputs[0])}/{fusion.outputs[len(fused.outputs) - 1]}"  # without a name it is cut off
+    fused.outputs[-1].name = _unused(graph, last, match.nodes())
     graph.insert_before(norm, fused)
     for new, slot in zip(fused.outputs, read, strict=False):
         old = match.slots.get(slot)
         if old is not None:
             _stand_in(new, old)
     graph.remove(match.nodes(), safe=True)
+
+
+def _unused(graph: ir.Graph, name: str, leaving: Iterable[ir.Node]) -> str:
+    """The name, or one like it that no value has but those of nodes that are leaving: a clone may hold it."""
+    gone = set(leaving)
+    taken = {_name(value) for node in graph if node not in gone for value in node.outputs}
+    while name in taken:
+        name += "_"
+    return name
 
 
 def _length(slots: Sequence[ir.Value | str | None]) -> int:

@@ -276,3 +276,11 @@ def test_large_weights_within_a_file_are_not_external(tmp_path: Path) -> None:
     onnx.save(model, path)
     growkit.write(growkit.grow(growkit.read(path), hidden=36), tmp_path / "large.onnx")
     assert not (tmp_path / "large.onnx.data").exists()
+
+
+def test_a_stack_on_top_of_itself_leaves_fused_names_apart(tmp_path: Path) -> None:
+    """The last block's sum was fused with the final norm; its copy in the middle is not."""
+    path = tmp_path / "large.onnx"
+    growkit.write(growkit.grow(growkit.read(made("genai-hand21-eager")), layers=6, method="stack"), path)
+    names = [name for node in onnx.load(path).graph.node for name in node.output if name]
+    assert len(names) == len(set(names))
