@@ -107,9 +107,13 @@ def _odd_axes(facts: Facts) -> Iterator[Hazard]:
 
 
 def _wide_norms(facts: Facts) -> Iterator[Hazard]:
-    """Norms over several spaces at once."""
+    """Norms over several spaces at once, and norms without a scale that could take back what growth multiplies."""
     for norm in facts.norms:
         last = facts.scene.axes(norm.output)[-1]
+        resolve = facts.scene.unifier.resolve
+        scaled = () if norm.scale is None else map(resolve, facts.scene.axes(norm.scale.stored))
+        if resolve(last) not in scaled:
+            yield last, f"a norm without a scale for each entry ({norm.nodes[-1].name})"
         if len(facts.scene.unifier.factors(last)) > 1 and not facts.names.is_named(last):
             yield last, f"a norm over several spaces ({norm.nodes[-1].name})"
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 
 from growkit.adapters import Adapter
@@ -232,11 +231,6 @@ def _growth_beside(path: Path | None) -> Growth | None:
         return None
     recipe = Recipe.load(recipe_beside(path)) if recipe_beside(path).is_file() else None
     return Growth(GrowthOperator.load(operator_beside(path)), recipe)
-
-
-def is_model(source: Any) -> bool:
-    """Whether a source is an ONNX model in memory."""
-    return isinstance(source, onnx.ModelProto)
 
 
 def build(model: Model) -> ir.Model:
