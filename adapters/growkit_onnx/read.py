@@ -182,7 +182,7 @@ def _read(adapter: Adapter, loaded: Callable[[], ir.Model], path: Path | None = 
 def _inferred(model: ir.Model, normalised: Normalised, where: str) -> tuple[Trial, Scene, Description]:
     runs = trial(model)
     _refuse_other_ranks(model, runs)
-    scene = Scene(model.graph, runs.runs, model.opset_imports.get("", 1))
+    scene = Scene(model.graph, runs.runs, model.opset_imports.get("", 1), runs.opaque)
     return runs, scene, _described(model, describe(scene, normalised.ties, where), scene)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
+from growkit_onnx.operation import used
 from growkit_specs.layout import Axis, concatenation, product
 from growkit_specs.unification import ONE
 
@@ -129,9 +130,9 @@ def rule_of(node: ir.Node) -> Rule:
 
 def unknown(scene: Scene, node: ir.Node) -> None:
     """Of an operator nobody knows: everything it touches stays as it is."""
-    for value in (*node.inputs, *node.outputs):
-        if value is not None:
-            scene.freeze(value, f"the operator {node.domain + '.' if node.domain else ''}{node.op_type} ({node.name})")
+    scene.unknown.append(node)
+    for value in (*used(node), *node.outputs):
+        scene.freeze(value, f"the operator {node.domain + '.' if node.domain else ''}{node.op_type} ({node.name})")
 
 
 # --- entry by entry ------------------------------------------------------------------------------------------------
