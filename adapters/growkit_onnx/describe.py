@@ -20,7 +20,7 @@ from growkit_onnx.hazards import freeze_hazards
 from growkit_onnx.infer import Scene
 from growkit_onnx.names import Names
 from growkit_onnx.norms import Norm
-from growkit_onnx.rules import READ
+from growkit_onnx.rules import NONLINEAR, READ
 from growkit_onnx.tails import tails
 from growkit_specs import Layer, LayerGraph, Layout, Parameter, Port, Space, Stack
 from growkit_specs.layer_graph import Scalar, SpaceKind
@@ -85,6 +85,9 @@ class _Describer:
         for name, drafts in [*first.items(), (None, outside)]:
             block = stacks[name].blocks[0] if name is not None else None
             drafts += self._constants(block, [*first.values(), outside], stacks)
+        for name, drafts in first.items():
+            if drafts and (bend := self._bend(stacks[name].blocks[0])) is not None:
+                drafts[-1].attributes["bends"] = f"{bend.op_type} ({bend.name})"
         freeze_hazards(self.facts)
         return _Assembly(self.facts, stacks, first, outside).description()
 
@@ -136,6 +139,21 @@ class _Describer:
                     self.scene.unify(a, b)
         self.facts.spaces = list(dict.fromkeys(self.scene.unifier.resolve(space) for space in self.facts.spaces))
         self.facts.stream.spaces = self.facts.spaces
+
+    def _bend(self, block: Block) -> ir.Node | None:
+        """What a block does to the stream even if its weights write nothing; norms apart."""
+        own, seen = set(block.nodes), set()
+        todo = [block.exit]
+        while todo:
+            node = todo.pop().producer()
+            if node is None or node not in own or node in seen:
+                continue
+            seen.add(node)
+            if node in self.scene.unknown or (node.op_type in NONLINEAR and node not in self.facts.norm_of):
+                return node
+            if not self.facts.writes(node):
+                todo += [value for value in node.inputs if value is not None and self.facts.stream.carries(value)]
+        return None
 
     # --- layers ------------------------------------------------------------------------------------------------------
 

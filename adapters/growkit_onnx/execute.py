@@ -303,7 +303,10 @@ class _Prober(Executor):
             reason = str(error) if str(error).startswith(named(node)) else f"{named(node)}: {error}"
             told = self._told(node, environment)
             if any(tensor is None and _is_needed(value) for value, tensor in zip(node.outputs, told, strict=True)):
-                lack = self._cause(node) or "the file does not tell the shape of what it gives either"
+                lack = (
+                    self._cause(node)
+                    or "the file does not tell what shape it gives; shape inference by ONNX Runtime adds that"
+                )
                 raise type(error)(f"{reason}; {lack}") from None
             self.opaque[node] = reason
             return told

@@ -125,6 +125,12 @@ class Facts:
         """The bases of the streams themselves: those of their sums."""
         return {self.basis(node.outputs[0]) for node in self.sums}
 
+    def writes(self, node: ir.Node) -> bool:
+        """Whether an operator maps something into the stream by a weight."""
+        parts = (self.scene.parts.get(weight.stored, {}).values() for _, weight in self.weights_of.get(node, ()))
+        maps = any("read" in role for weight in parts for role in weight)
+        return maps and any(self.stream.carries(out) for out in node.outputs)
+
     def norm_before(self, value: ir.Value) -> Norm | None:
         """The norm whose output a value of the stream is; None where it is the stream itself, or something else."""
         carries, basis = self.stream.carries, self.basis(value)
