@@ -141,7 +141,9 @@ class Branch:
         return drafts
 
     def _matters(self, weight: Weight) -> bool:
-        """Whether a weight is trained, and not one of the numbers a computation needs."""
+        """Whether a weight is trained, and not one of the numbers a computation needs (of rotations, say)."""
+        if weight.stored not in self.scene.parts and self.facts.readers[weight.stored] not in self.scene.unknown:
+            return False
         sides = [axis for axis in self.scene.axes(weight.stored) if axis != ONE]
         return len(sides) > 1 or (bool(sides) and self._touches_stream)
 
@@ -164,8 +166,11 @@ class Branch:
         if found is None:
             return
         if (node.domain, node.op_type) != (CONTRIB, "Attention"):
-            for label, value in zip("qkv", node.inputs, strict=False):
-                self._label(value, label)
+            q, k, v = (*node.inputs, None, None)[:3]
+            parts = {"qkv": q} if k is None else {"q": q, "kv": k} if v is None else {"q": q, "k": k, "v": v}
+            for labels, value in parts.items():
+                for label in labels:
+                    self._label(value, label)
         for _, weight in self.facts.weights_of.get(node, ()):
             self.labels.setdefault(weight.stored, set()).update("qkv")
         factors = self.scene.unifier.factors
