@@ -346,6 +346,10 @@ class _Examination:
                 False,
                 f"{change}: a block that writes nothing still normalises the stream after the residual addition",
             )
+        bent = next((layer.attributes["bends"] for layer in stack.layers if "bends" in layer.attributes), None)
+        if silent.any() and bent is not None:
+            detail = f"{change}: a block that writes nothing still passes the stream through {bent}"
+            yield Reason(f"{stack.name}: identity blocks", False, detail)
 
     def own_expansions(self, stack: Stack) -> Iterator[Reason]:
         """Layers with matrices of their own: they matter where the layer writes anything."""

@@ -133,6 +133,8 @@ class Branch:
             groups.setdefault(main, [])
         ordered = sorted(groups.items(), key=lambda item: item[0] is not main)
         kind, name = self._kind(weights, writes)
+        if self.is_attention and len(groups) > 1 and not any(self._is_labelled(w, "k") for _, w in groups[main]):
+            name = "cross_attention"
         drafts = []
         for i, (norm, members) in enumerate(ordered):
             if members:
@@ -140,8 +142,13 @@ class Branch:
                 drafts.append(self._draft(title, kind, norm, members))
         return drafts
 
+    def _is_labelled(self, weight: Weight, label: str) -> bool:
+        return label in self.labels.get(weight.stored, ())
+
     def _matters(self, weight: Weight) -> bool:
-        """Whether a weight is trained, and not one of the numbers a computation needs."""
+        """Whether a weight is trained, and not one of the numbers a computation needs (of rotations, say)."""
+        if weight.stored not in self.scene.parts and self.facts.readers[weight.stored] not in self.scene.unknown:
+            return False
         sides = [axis for axis in self.scene.axes(weight.stored) if axis != ONE]
         return len(sides) > 1 or (bool(sides) and self._touches_stream)
 
@@ -164,8 +171,11 @@ class Branch:
         if found is None:
             return
         if (node.domain, node.op_type) != (CONTRIB, "Attention"):
-            for label, value in zip("qkv", node.inputs, strict=False):
-                self._label(value, label)
+            q, k, v = (*node.inputs, None, None)[:3]
+            parts = {"qkv": q} if k is None else {"q": q, "kv": k} if v is None else {"q": q, "k": k, "v": v}
+            for labels, value in parts.items():
+                for label in labels:
+                    self._label(value, label)
         for _, weight in self.facts.weights_of.get(node, ()):
             self.labels.setdefault(weight.stored, set()).update("qkv")
         factors = self.scene.unifier.factors
@@ -393,14 +403,13 @@ class Branch:
             module = "down_proj" if self._writes_stream(node) else "up_proj"
         elif kind == "embedding":
             module = "patch_embedding" if node.op_type == "Conv" else "embedding"
-            if ending == "bias" and node.op_type != "Conv":
-                module = self._added(node)
+            if ending == "bias" and len([axis for axis in self.scene.axes(weight.stored) if axis != ONE]) > 1:
+                return Slot(weight.stored, "position_embeddings", "", at)
+            if node.op_type == "Concat":
+                return Slot(weight.stored, "cls_token", "", at)
         else:
             module = {"head": "head", "pool": "pooler"}.get(kind, "linear")
         return Slot(weight.stored, module, ending, at)
-
-    def _added(self, node: ir.Node) -> str:
-        return "cls_token" if node.op_type == "Concat" else "position_embeddings"
 
     def _table(self, node: ir.Node, weight: Weight) -> str:
         """What a table is called: by the input that holds its indices."""
@@ -413,7 +422,7 @@ class Branch:
         if source is not None and source.is_graph_input():
             name = str(source.name).lower()
         if not self._writes_stream(node) and not self._is_stream_sized(node):
-            return "relative_bias"
+            return "relative_attention_bias"
         told = str(weight.stored.name).lower()
         if any(word in text for text in (name, told) for word in ("type", "segment")):
             return "token_type_embeddings"

@@ -20,7 +20,7 @@ from growkit_onnx.hazards import freeze_hazards
 from growkit_onnx.infer import Scene
 from growkit_onnx.names import Names
 from growkit_onnx.norms import Norm
-from growkit_onnx.rules import READ
+from growkit_onnx.rules import NONLINEAR, READ
 from growkit_onnx.tails import tails
 from growkit_specs import Layer, LayerGraph, Layout, Parameter, Port, Space, Stack
 from growkit_specs.layer_graph import Scalar, SpaceKind
@@ -85,6 +85,9 @@ class _Describer:
         for name, drafts in [*first.items(), (None, outside)]:
             block = stacks[name].blocks[0] if name is not None else None
             drafts += self._constants(block, [*first.values(), outside], stacks)
+        for name, drafts in first.items():
+            if drafts and (bend := self._bend(stacks[name].blocks[0])) is not None:
+                drafts[-1].attributes["bends"] = f"{bend.op_type} ({bend.name})"
         freeze_hazards(self.facts)
         return _Assembly(self.facts, stacks, first, outside).description()
 
@@ -137,6 +140,21 @@ class _Describer:
         self.facts.spaces = list(dict.fromkeys(self.scene.unifier.resolve(space) for space in self.facts.spaces))
         self.facts.stream.spaces = self.facts.spaces
 
+    def _bend(self, block: Block) -> ir.Node | None:
+        """What a block does to the stream even if its weights write nothing; norms apart."""
+        own, seen = set(block.nodes), set()
+        todo = [block.exit]
+        while todo:
+            node = todo.pop().producer()
+            if node is None or node not in own or node in seen:
+                continue
+            seen.add(node)
+            if node in self.scene.unknown or (node.op_type in NONLINEAR and node not in self.facts.norm_of):
+                return node
+            if not self.facts.writes(node):
+                todo += [value for value in node.inputs if value is not None and self.facts.stream.carries(value)]
+        return None
+
     # --- layers ------------------------------------------------------------------------------------------------------
 
     def _drafts(self, nodes: Sequence[ir.Node], blocks: Blocks | None) -> list[Draft]:
@@ -182,7 +200,9 @@ class _Assembly:
         self.taken: set[str] = set()
 
     def description(self) -> Description:
+        self._gather_embeddings()
         self._name_inner_spaces()
+        self._name_heads()
         groups = [*self.first.items(), (None, self.outside)]
         for _, drafts in groups:
             self._name_layers(drafts)
@@ -226,6 +246,45 @@ class _Assembly:
         """The name of the norm whose output a value of the stream is; None where it is the stream itself."""
         norm = self.facts.norm_before(value) if self.facts.stream.carries(value) else None
         return self.norm_names.get(id(norm)) if norm is not None else None
+
+    # --- tables, and maps to the vocabulary --------------------------------------------------------------------------
+
+    def _gather_embeddings(self) -> None:
+        """All that is added up before a stack is one layer; a table that a stack reads from beside is called so."""
+        gathered: dict[str, list[Draft]] = {}
+        for draft in self.outside:
+            made = [self.facts.readers[slot.stored].outputs[0] for slot in draft.slots]
+            if draft.name == "embedding":
+                name = "decoder_embedding" if self._stack_above(made, "decoder") else "embedding"
+                gathered.setdefault(name, []).append(draft)
+            elif draft.slots and all(slot.module.startswith("relative") for slot in draft.slots):
+                named = next((name for name in ("encoder", "decoder") if self._stack_beside(made, name)), "")
+                draft.name = f"{named}_positions" if named else "positions"
+        for name, (first, *others) in gathered.items():
+            first.name = name
+            for draft in others:
+                if (draft.attributes, draft.added_through) == (first.attributes, first.added_through):
+                    first.slots += draft.slots
+                    self.outside.remove(draft)
+            number(first.slots)
+
+    def _stack_above(self, made: Sequence[ir.Value], name: str) -> bool:
+        """Whether a stack's stream begins with any of these values."""
+        stack = self.stacks.get(name)
+        return stack is not None and any(self.facts.descends(stack.blocks[0].entry, value) for value in made)
+
+    def _stack_beside(self, made: Sequence[ir.Value], name: str) -> bool:
+        """Whether a stack's blocks read any of these values beside the stream."""
+        side = self.stacks[name].side if name in self.stacks else ()
+        return any(self.facts.descends(given, value) for given in side for value in made)
+
+    def _name_heads(self) -> None:
+        """A head that writes the vocabulary is what people call a language model's."""
+        for draft in self.outside:
+            for slot in draft.slots:
+                writes = {space for axis in self.scene.axes(slot.stored) for space in spaces_of(self.names.axis(axis))}
+                if slot.module == "head" and "vocab" in writes:
+                    slot.module = draft.name = "lm_head"
 
     # --- spaces ------------------------------------------------------------------------------------------------------
 
@@ -274,7 +333,7 @@ class _Assembly:
             return "buckets", "fixed"
         if slot.module.startswith("word_embeddings") and role == "write":
             return "embedding", "residual"
-        if draft.kind == "mlp" and stack is not None:
+        if draft.kind == "mlp" and (stack is not None or not self.stacks):
             return "ffn", "pointwise"
         if stack is None and role == "write" and self._is_output(slot):
             by_token = len(self.scene.axes(self.facts.readers[slot.stored].outputs[0])) > 2
@@ -316,10 +375,6 @@ class _Assembly:
         seen: Counter[str] = Counter()
         for draft in drafts:
             if draft.norm is None:
-                if draft.name == "attention" and any(
-                    d.name == "attention_memory" and d.order > draft.order - 1 for d in drafts
-                ):
-                    pass
                 seen[draft.name] += 1
                 if seen[draft.name] > 1:
                     draft.name = f"{draft.name}_{seen[draft.name]}"
@@ -338,25 +393,33 @@ class _Assembly:
         norm = draft.norm
         assert norm is not None
         if not self.facts.stream.carries(norm.output):
-            labels = self._labels_behind(norm)
+            labels = self._labels_behind(norm, drafts)
             return f"{labels}_norm" if labels else "inner_norm"
         if draft.attributes["position"] == "pre":
             reader = next((d for d in drafts if d.through is norm and d.norm is None), None)
             if reader is not None and drafts is not self.outside:
                 return f"{reader.name}_norm"
-            return "final_norm" if drafts is self.outside else "norm"
-        before = [d for d in drafts if d.norm is None and d.order < draft.order]
+            if drafts is not self.outside:
+                return "norm"
+            return "encoder_norm" if self._ends_encoder(norm) else "final_norm"
+        before = [d for d in drafts if d.norm is None and d.order < draft.order and not d.name.endswith("_memory")]
         suffix = "_output_norm" if draft.attributes["position"] == "branch" else "_norm"
         return f"{before[-1].name}{suffix}" if before else "norm"
 
-    def _labels_behind(self, norm: Norm) -> str:
-        for drafts in (*self.first.values(), self.outside):
-            for draft in drafts:
-                for slot in draft.slots:
-                    if draft.norm is None and slot.module in ("q_proj", "k_proj", "v_proj") and slot.kind == "weight":
-                        reader = self.facts.readers[slot.stored]
-                        if self.facts.descends(norm.source, reader.outputs[0]):
-                            return slot.module[0]
+    def _ends_encoder(self, norm: Norm) -> bool:
+        """Whether a norm stands behind the encoder, and not behind the decoder."""
+        behind = {
+            name for name, stack in self.stacks.items() if self.facts.descends(norm.source, stack.blocks[-1].exit)
+        }
+        return "decoder" in self.stacks and behind == {"encoder"}
+
+    def _labels_behind(self, norm: Norm, drafts: Sequence[Draft]) -> str:
+        for draft in drafts:
+            for slot in draft.slots:
+                if draft.norm is None and slot.module in ("q_proj", "k_proj", "v_proj") and slot.kind == "weight":
+                    reader = self.facts.readers[slot.stored]
+                    if self.facts.descends(norm.source, reader.outputs[0]):
+                        return slot.module[0]
         return ""
 
     def _layers(self, drafts: Sequence[Draft]) -> tuple[Layer, ...]:

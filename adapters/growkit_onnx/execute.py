@@ -7,21 +7,35 @@ that an abstract run knows every concrete shape and every concrete target of a R
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
 from growkit_onnx import attention, fused, operators, spatial
 from growkit_onnx.laws import shown
-from growkit_onnx.operation import DataDependent, Operation, as_torch, named, run_type, torch_dtype
+from growkit_onnx.operation import (
+    DTYPES,
+    DataDependent,
+    Operation,
+    as_torch,
+    data_type,
+    named,
+    run_type,
+    subgraphs,
+    torch_dtype,
+    used,
+)
 from growkit_specs import GrowkitError, InvalidModel, UnsupportedModel
 
-__all__ = ["SMALL", "DataDependent", "Executor", "probe", "run_node"]
+__all__ = ["SMALL", "DataDependent", "Executor", "Probe", "probe", "run_node"]
 
 TABLE = operators.TABLE | spatial.TABLE | attention.TABLE | fused.TABLE
 
@@ -32,6 +46,7 @@ SMALL = 64
 MISFITS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 Outputs = tuple[Tensor | None, ...]
+Steps = Generator[tuple[ir.Node, Outputs], None, Outputs]
 
 
 def _domain(node: ir.Node) -> str:
@@ -86,31 +101,13 @@ def run_node(node: ir.Node, inputs: Sequence[Tensor | None], opset: int, dtype: 
     return outputs
 
 
-def _graphs(node: ir.Node) -> Iterator[ir.Graph]:
-    """The subgraphs of a node."""
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            yield attribute.as_graph()
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            yield from attribute.as_graphs()
-
-
-def _used(node: ir.Node) -> Iterator[ir.Value]:
-    """What a node needs: its inputs, and what its subgraphs take from around them."""
-    yield from (value for value in node.inputs if value is not None)
-    for graph in _graphs(node):
-        for inner in graph:
-            yield from _used(inner)
-        yield from graph.outputs
-
-
 def _last_uses(graph: ir.Graph) -> dict[ir.Node, list[ir.Value]]:
     """For each node, the values computed in the graph that nothing needs once the node has run."""
     computed = {value for node in graph for value in node.outputs}
     pending = computed - set(graph.outputs)
     last: dict[ir.Node, list[ir.Value]] = {}
     for node in reversed(graph):
-        done = pending & {*_used(node), *node.outputs}
+        done = pending & {*used(node), *node.outputs}
         pending -= done
         last[node] = list(done)
     return last
@@ -220,47 +217,175 @@ class Executor:
         """Run a graph's nodes in order, keeping in the environment what is still needed, or all that costs nothing."""
         last_uses = {} if self.device.type == "meta" else _last_uses(graph)
         for node in graph:
-            if any(_graphs(node)):
-                branch = self._branch(node, environment)
-                yield from self._run(branch, environment)
-                outputs: Outputs = tuple(self.find(value, environment) for value in branch.outputs)
-            elif node.op_type == "Constant":
-                outputs = (self.stored(operators.constant(node), named(node)),)
-            else:
-                inputs = [value if value is None else self.find(value, environment) for value in node.inputs]
-                outputs = run_node(node, inputs, self.opset, self.dtype)
+            outputs = yield from self._outputs(node, environment)
             environment.update((value, t) for value, t in zip(node.outputs, outputs, strict=True) if t is not None)
             yield node, outputs
             for value in last_uses.get(node, ()):
                 environment.pop(value, None)
 
+    def _outputs(self, node: ir.Node, environment: dict[ir.Value, Tensor]) -> Steps:
+        """What a node gives; on the way, the nodes of the branch that an If takes."""
+        if any(subgraphs(node)):
+            branch = self._branch(node, environment)
+            yield from self._run(branch, environment)
+            return tuple(self.find(value, environment) for value in branch.outputs)
+        if node.op_type == "Constant":
+            return (self.stored(operators.constant(node), named(node)),)
+        inputs = [value if value is None else self.find(value, environment) for value in node.inputs]
+        return run_node(node, inputs, self.opset, self.dtype)
+
     def _branch(self, node: ir.Node, environment: Mapping[ir.Value, Tensor]) -> ir.Graph:
         """The branch of an If that its condition chooses."""
         if node.op_type != "If" or _domain(node):
             raise UnsupportedModel(f"{named(node)} runs a subgraph; of the operators that do, only If is supported")
-        (condition,) = Operation(node, self.opset).read(self.find(next(_used(node)), environment))
+        (condition,) = Operation(node, self.opset).read(self.find(next(used(node)), environment))
         branch: ir.Graph = node.attributes["then_branch" if condition else "else_branch"].as_graph()
         return branch
 
 
-def probe(model: ir.Model, inputs: Mapping[str, Tensor]) -> dict[ir.Value, Tensor]:
+@dataclass(frozen=True)
+class Probe:
+    """An abstract run.
+
+    Attributes:
+        values: Every value's tensor, inputs and initializers included. Integers are real; floats are on ``meta`` unless
+            they follow from integers and from constants of at most `SMALL` entries alone.
+        opaque: The nodes of which only the shapes of what they give are known.
+    """
+
+    values: Mapping[ir.Value, Tensor]
+    opaque: frozenset[ir.Node]
+
+
+def probe(model: ir.Model, inputs: Mapping[str, Tensor]) -> Probe:
     """Run a model abstractly: no weight is read, and no float is computed that no shape could depend on.
+
+    What an operator gives that cannot be run is taken from the shapes that the file or the standard tells.
 
     Args:
         model: The model.
         inputs: A tensor for each of its inputs: integers real, floats real or on ``meta``.
 
-    Returns:
-        Every value's tensor, inputs and initializers included. Integers are real; floats are on ``meta`` unless they
-        follow from integers and from constants of at most `SMALL` entries alone.
-
     Raises:
-        DataDependent: Where a shape depends on numbers of floats.
-        UnsupportedModel: For an operator that is not in the table, and for loops.
+        DataDependent: Where a shape depends on numbers of floats, or of what cannot be run.
+        UnsupportedModel: For an operator that cannot be run where nobody tells the shapes of what it gives.
         InvalidModel: Where a node's inputs do not fit it.
     """
-    executor = Executor(model, device="meta")
-    found = executor._start(inputs, None)
-    for _ in executor._run(executor.graph, found):
+    prober = _Prober(model, device="meta")
+    found = prober._start(inputs, None)
+    for _ in prober._run(prober.graph, found):
         pass
-    return {value: executor.find(value, found) for value in executor.graph.initializers.values()} | found
+    return Probe(prober.held() | found, frozenset(prober.opaque))
+
+
+class _Prober(Executor):
+    """An abstract run that goes on behind what it cannot run."""
+
+    def __init__(self, model: ir.Model, device: str) -> None:
+        super().__init__(model, device)
+        self.opaque: dict[ir.Node, str] = {}
+
+    def held(self) -> dict[ir.Value, Tensor]:
+        """The initializers, apart from those of types that torch does not have, which nothing known reads."""
+        held = {}
+        for value in self.graph.initializers.values():
+            try:
+                held[value] = self.find(value)
+            except UnsupportedModel:
+                if not all(node in self.opaque for node in value.consumers()):
+                    raise
+        return held
+
+    def _outputs(self, node: ir.Node, environment: dict[ir.Value, Tensor]) -> Steps:
+        try:
+            return (yield from super()._outputs(node, environment))
+        except UnsupportedModel as error:
+            reason = str(error) if str(error).startswith(named(node)) else f"{named(node)}: {error}"
+            told = self._told(node, environment)
+            if any(tensor is None and _is_needed(value) for value, tensor in zip(node.outputs, told, strict=True)):
+                lack = (
+                    self._cause(node)
+                    or "the file does not tell what shape it gives; shape inference by ONNX Runtime adds that"
+                )
+                raise type(error)(f"{reason}; {lack}") from None
+            self.opaque[node] = reason
+            return told
+
+    def _told(self, node: ir.Node, environment: Mapping[ir.Value, Tensor]) -> Outputs:
+        """Tensors without numbers in the shapes that the standard or the file tells of a node's outputs."""
+        types = _standard_types(node, environment, self.opset)
+        sizes = _named_sizes(environment)
+        told: list[Tensor | None] = []
+        for value in node.outputs:
+            dtype, shape = types.get(str(value.name)) or (value.dtype, _resolved(value.shape, sizes))
+            if dtype is None or shape is None or dtype not in DTYPES:
+                told.append(None)
+            else:
+                told.append(torch.empty(shape, dtype=run_type(DTYPES[dtype], self.dtype), device="meta"))
+        return tuple(told)
+
+    def _cause(self, node: ir.Node) -> str | None:
+        """Why the first of the opaque nodes that a node depends on is one."""
+        seen: set[ir.Node] = set()
+        todo = [node]
+        while todo:
+            makers = {maker for value in used(todo.pop()) if (maker := value.producer()) is not None} - seen
+            seen |= makers
+            todo += makers
+        return next((reason for each, reason in self.opaque.items() if each in seen), None)
+
+
+def _is_needed(value: ir.Value) -> bool:
+    return bool(value.uses()) or value.is_graph_output()
+
+
+def _named_sizes(environment: Mapping[ir.Value, Tensor]) -> dict[str, int]:
+    """What the named dimensions of a file measure in a run, where all values that have one agree."""
+    found: dict[str, set[int]] = defaultdict(set)
+    for value, tensor in environment.items():
+        if value.shape is not None and len(value.shape) == tensor.ndim:
+            for told, size in zip(value.shape, tensor.shape, strict=True):
+                if not isinstance(told, int) and told.value is not None:
+                    found[str(told.value)].add(size)
+    return {name: sizes.pop() for name, sizes in found.items() if len(sizes) == 1}
+
+
+def _resolved(shape: ir.Shape | None, sizes: Mapping[str, int]) -> list[int] | None:
+    """A shape in numbers; None where one of them is not known."""
+    found = [size if isinstance(size, int) else sizes.get(str(size.value), -1) for size in shape or ()]
+    return found if shape is not None and -1 not in found else None
+
+
+def _standard_types(
+    node: ir.Node, environment: Mapping[ir.Value, Tensor], opset: int
+) -> dict[str, tuple[ir.DataType, list[int]]]:
+    """Element types and shapes of a node's outputs where the ONNX standard tells them; none for other operators."""
+    given, numbers = {}, {}
+    for value in node.inputs:
+        if value is None:
+            continue
+        stored = value.const_value
+        if stored is not None:
+            given[str(value.name)] = onnx.helper.make_tensor_type_proto(int(stored.dtype), list(stored.shape.numpy()))
+            if stored.size <= SMALL:
+                numbers[str(value.name)] = ir.to_proto(stored)
+        elif value in environment:
+            tensor = environment[value]
+            dtype = value.dtype if value.dtype is not None else data_type(tensor.dtype)
+            given[str(value.name)] = onnx.helper.make_tensor_type_proto(int(dtype), list(tensor.shape))
+        else:
+            return {}
+    try:
+        schema = onnx.defs.get_schema(node.op_type, opset, _domain(node))
+        imports = [onnx.helper.make_opsetid("", opset)]
+        types = onnx.shape_inference.infer_node_outputs(
+            schema, ir.to_proto(node), given, numbers, opset_imports=imports
+        )
+    except (onnx.defs.SchemaError, onnx.shape_inference.InferenceError):
+        return {}
+    found = {}
+    for name, each in types.items():
+        dims = each.tensor_type.shape.dim
+        if each.tensor_type.HasField("shape") and all(dim.HasField("dim_value") for dim in dims):
+            found[name] = (ir.DataType(each.tensor_type.elem_type), [dim.dim_value for dim in dims])
+    return found

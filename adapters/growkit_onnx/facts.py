@@ -108,15 +108,26 @@ class Facts:
         return self.stream.basis(value)
 
     @cached_property
-    def main(self) -> set[ir.Value]:
-        """The bases of the streams themselves: those in which two of the stream's values are added."""
-        return {
-            self.basis(node.outputs[0])
+    def sums(self) -> list[ir.Node]:
+        """Where two of the stream's values are added."""
+        return [
+            node
             for node in self.scene.graph
             if node.op_type == "Add"
             and node not in self.norm_of
             and all(value is not None and self.stream.carries(value) for value in node.inputs)
-        }
+        ]
+
+    @cached_property
+    def main(self) -> set[ir.Value]:
+        """The bases of the streams themselves: those of their sums."""
+        return {self.basis(node.outputs[0]) for node in self.sums}
+
+    def writes(self, node: ir.Node) -> bool:
+        """Whether an operator maps something into the stream by a weight."""
+        parts = (self.scene.parts.get(weight.stored, {}).values() for _, weight in self.weights_of.get(node, ()))
+        maps = any("read" in role for weight in parts for role in weight)
+        return maps and any(self.stream.carries(out) for out in node.outputs)
 
     def norm_before(self, value: ir.Value) -> Norm | None:
         """The norm whose output a value of the stream is; None where it is the stream itself, or something else."""

@@ -126,19 +126,11 @@ def _inputs(facts: Facts) -> Iterator[Hazard]:
 
 
 def _buffers(facts: Facts) -> Iterator[Hazard]:
-    """Stored integers, which no matrix grows, and what graphs inside of operators look at."""
+    """Stored integers, which no matrix grows."""
     for stored in facts.scene.graph.initializers.values():
         is_table = stored.dtype == ir.DataType.BOOL or len(stored.shape or ()) > 1  # a vector may be a shape
         if stored in facts.scene.runs[0] and not facts.is_float(stored) and is_table:
             yield from ((axis, f"the stored integers {stored.name}") for axis in facts.scene.axes(stored))
-    for node in facts.scene.graph:
-        for attribute in node.attributes.values():
-            inner = attribute.as_graph() if attribute.type == ir.AttributeType.GRAPH else ()
-            seen = (value for inside in inner for value in inside.inputs if value is not None)
-            for value in seen:
-                if value in facts.scene.runs[0]:
-                    reason = f"the graph inside of {node.op_type} ({node.name})"
-                    yield from ((axis, reason) for axis in facts.scene.axes(value))
 
 
 def _touches(facts: Facts, weight: Weight) -> bool:

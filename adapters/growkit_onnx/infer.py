@@ -8,7 +8,7 @@ What no rule understands is never guessed: the spaces it touches are frozen, and
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from growkit_onnx.operation import as_numpy, data_type, named
-from growkit_onnx.rules import CONTRIB, Axes, rule_of
+from growkit_onnx.rules import CONTRIB, Axes, rule_of, unknown
 from growkit_specs import InvalidModel, UnsupportedModel
 from growkit_specs.layout import Axis
 from growkit_specs.unification import ONE, Conflict, Sizes, Unifier
@@ -77,15 +77,18 @@ class Scene:
         graph: The normalised graph.
         runs: Trial runs at different sizes.
         opset: The version of the default operator set.
+        opaque: The nodes that the runs went past: what they touch stays as it is.
     """
 
     graph: ir.Graph
     runs: Sequence[Run]
     opset: int
+    opaque: Set[ir.Node] = frozenset()
     unifier: Unifier = field(init=False)
     parts: dict[ir.Value, dict[int, set[Part]]] = field(default_factory=dict)
     attentions: list[Attention] = field(default_factory=list)
     conflicts: list[str] = field(default_factory=list)
+    unknown: list[ir.Node] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.unifier = Unifier(len(self.runs))
@@ -97,14 +100,14 @@ class Scene:
         }
         self._node: ir.Node | None = None
         for node in self.graph:
-            if all(out in self.runs[0] for out in node.outputs if out.name):
+            if node in self.opaque or all(out in self.runs[0] for out in node.outputs if out.name):
                 self._node = node
                 self._state(node)
 
     def _state(self, node: ir.Node) -> None:
         """State what an operator says of the axes of what it reads and makes."""
         try:
-            rule_of(node)(self, node)
+            (unknown if node in self.opaque else rule_of(node))(self, node)
         except (ValueError, IndexError):  # it runs, but not as the operator is meant
             given = [list(self.runs[0][value].shape) for value in node.inputs if value is not None]
             raise UnsupportedModel(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -93,6 +93,24 @@ def named(node: ir.Node) -> str:
     """How a message calls a node: its name, or what it computes, and its operator."""
     operator = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
     return f"node {shown(node.name or (node.outputs[0].name if node.outputs else ''))} ({shown(operator)[1:-1]})"
+
+
+def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
+    """The subgraphs of a node."""
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield attribute.as_graph()
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            yield from attribute.as_graphs()
+
+
+def used(node: ir.Node) -> Iterator[ir.Value]:
+    """What a node needs: its inputs, and what its subgraphs take from around them."""
+    yield from (value for value in node.inputs if value is not None)
+    for graph in subgraphs(node):
+        for inner in graph:
+            yield from used(inner)
+        yield from graph.outputs
 
 
 @dataclass(frozen=True)

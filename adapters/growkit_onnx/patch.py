@@ -85,7 +85,7 @@ class Resizing:
                 if value in grown:
                     assert value.const_value is not None
                     run[value] = torch.empty(value.const_value.shape.numpy(), dtype=self._dtype(value), device="meta")
-                else:
+                elif self.source(value) in scene.runs[r] or value not in copies:
                     run[value] = executor.find(value)
             for value in graph.inputs:
                 if value.name not in graph.initializers:
@@ -152,14 +152,17 @@ class Resizing:
     def _try(self, node: ir.Node) -> list[tuple[Any, ...]] | None:
         """What a node gives in every run; None where it does not run."""
         try:
-            return [self._run(node, run) for run in self.runs]
+            return [self._run(node, r) for r in range(len(self.runs))]
         except (GrowkitError, RuntimeError, ValueError, IndexError):
             return None
 
-    def _run(self, node: ir.Node, run: Mapping[ir.Value, Any]) -> tuple[Any, ...]:
+    def _run(self, node: ir.Node, r: int) -> tuple[Any, ...]:
+        source = self.source(node.outputs[0]).producer()
+        if source in self.scene.opaque:  # all it touches is what it was
+            return tuple(self.scene.runs[r].get(self.source(value)) for value in node.outputs)
         if node.op_type == "Constant":
             return (self._executor.stored(constant(node), node.name or "a constant"),)
-        return run_node(node, [value if value is None else run[value] for value in node.inputs], self.opset)
+        return run_node(node, [value if value is None else self.runs[r][value] for value in node.inputs], self.opset)
 
     def _fits(self, node: ir.Node, given: Sequence[tuple[Any, ...]] | None) -> bool:
         return given is not None and all(
@@ -222,8 +225,8 @@ class Resizing:
         out.name = node.name = self._free(f"{before.name}_{op.lower()}")
         out.type = inputs[0].type
         self.graph.insert_before(before, node)
-        for run in self.runs:
-            (run[out],) = self._run(node, run)
+        for r, run in enumerate(self.runs):
+            (run[out],) = self._run(node, r)
         return out
 
     def replace_vector(self, node: ir.Node, index: int, wanted: Sequence[Sequence[int]]) -> None:
@@ -410,7 +413,7 @@ def _quotient(at: Resizing, node: ir.Node) -> None:
     """A size divided by a number of heads: where that leaves a rest now, the number grew as the size did."""
     dividend, divisor = node.inputs
     by = at.constant(divisor)
-    if dividend is None or by is None or by.size != 1 or by.dtype.kind != "i":
+    if dividend is None or by is None or by.size != 1 or by.dtype.kind != "i" or at.runs[0][dividend].is_meta:
         return
     before = [as_numpy(run[at.source(dividend)]).reshape(-1) for run in at.scene.runs]
     now = [as_numpy(run[dividend]).reshape(-1) for run in at.runs]

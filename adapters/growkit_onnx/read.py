@@ -20,6 +20,7 @@ from growkit_onnx.describe import Description, describe
 from growkit_onnx.files import from_proto, load
 from growkit_onnx.infer import Scene
 from growkit_onnx.normalise import Normalised, normalise
+from growkit_onnx.operation import named
 from growkit_onnx.ports import with_ports
 from growkit_onnx.surgery import Surgery
 from growkit_onnx.tails import insert_reads
@@ -181,8 +182,10 @@ def _read(adapter: Adapter, loaded: Callable[[], ir.Model], path: Path | None = 
 def _inferred(model: ir.Model, normalised: Normalised, where: str) -> tuple[Trial, Scene, Description]:
     runs = trial(model)
     _refuse_other_ranks(model, runs)
-    scene = Scene(model.graph, runs.runs, model.opset_imports.get("", 1))
-    return runs, scene, _described(model, describe(scene, normalised.ties, where), scene)
+    scene = Scene(model.graph, runs.runs, model.opset_imports.get("", 1), runs.opaque)
+    description = _described(model, describe(scene, normalised.ties, where), scene)
+    _refuse_unknown(description, scene, where)
+    return runs, scene, description
 
 
 def _described(model: ir.Model, description: Description, scene: Scene) -> Description:
@@ -190,6 +193,14 @@ def _described(model: ir.Model, description: Description, scene: Scene) -> Descr
     graph = with_ports(description.graph, model.graph, description.stacks, scene, description)
     spaces = tuple(s.model_copy(update={"frozen": description.frozen.get(s.name)}) for s in graph.spaces)
     return replace(description, graph=graph.model_copy(update={"spaces": spaces}).revalidated())
+
+
+def _refuse_unknown(description: Description, scene: Scene, where: str) -> None:
+    """Refuse a file in which unknown operators leave nothing to grow."""
+    graph = description.graph
+    if scene.unknown and not graph.stacks and all(space.frozen for space in graph.spaces):
+        (first, *_) = scene.unknown
+        raise UnsupportedModel(f"{where}: nothing of it can grow; {named(first)} is not understood")
 
 
 def _refuse_caches(changes: Mapping[str, Sequence[str]]) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
+from growkit_onnx.operation import used
 from growkit_specs.layout import Axis, concatenation, product
 from growkit_specs.unification import ONE
 
@@ -129,9 +130,9 @@ def rule_of(node: ir.Node) -> Rule:
 
 def unknown(scene: Scene, node: ir.Node) -> None:
     """Of an operator nobody knows: everything it touches stays as it is."""
-    for value in (*node.inputs, *node.outputs):
-        if value is not None:
-            scene.freeze(value, f"the operator {node.domain + '.' if node.domain else ''}{node.op_type} ({node.name})")
+    scene.unknown.append(node)
+    for value in (*used(node), *node.outputs):
+        scene.freeze(value, f"the operator {node.domain + '.' if node.domain else ''}{node.op_type} ({node.name})")
 
 
 # --- entry by entry ------------------------------------------------------------------------------------------------
@@ -508,15 +509,17 @@ def _fused_attention(scene: Scene, node: ir.Node) -> None:
 @rule("Attention")
 @rule("MultiHeadAttention", "GroupQueryAttention", domain=CONTRIB)
 def _attention(scene: Scene, node: ir.Node) -> None:
-    """Queries, keys and values as inputs, ``[batch, sequence, heads * head_dim]`` or by heads."""
+    """Queries, keys and values as inputs, ``[batch, sequence, heads * head_dim]``, by heads, or several in one."""
     q, k, v = (list(node.inputs) + [None] * 3)[:3]
     names = ("q_num_heads", "kv_num_heads") if node.domain != CONTRIB else ("num_heads", "kv_num_heads")
     out = scene.axes(node.outputs[0])
+    runs, batch = scene.unifier.runs, scene.axes(q)[0]
     if k is None or v is None:
-        return unknown(scene, node)  # packed in one input
-    runs = scene.unifier.runs
-    if len(scene.axes(q)) == 4:
-        (_, heads, rows, dqk), (batch, kv_heads, _, dk), (_, v_heads, _, dv) = map(scene.axes, (q, k, v))
+        heads, kv_heads, dqk, dv = _packed(scene, node)
+        scene.unify(out[1], scene.axes(q)[1])
+        scene.unify(out[2], product(heads, dv))
+    elif len(scene.axes(q)) == 4:
+        (_, heads, rows, dqk), (_, kv_heads, _, dk), (_, v_heads, _, dv) = map(scene.axes, (q, k, v))
         scene.unify(dqk, dk)
         scene.unify(kv_heads, v_heads)
         scene.unify(out[3], dv)
@@ -526,7 +529,6 @@ def _attention(scene: Scene, node: ir.Node) -> None:
         count = node.attributes.get_int(names[0], 1)
         kv_count = node.attributes.get_int(names[1], count)
         heads, kv_heads = scene.unifier.fresh((count,) * runs), scene.unifier.fresh((kv_count,) * runs)
-        batch = scene.axes(q)[0]
         dqk = scene.unifier.fresh((scene.sizes(scene.axes(q)[-1])[0] // count,) * runs)
         dv_size = scene.sizes(scene.axes(v)[-1 if len(scene.axes(v)) == 3 else 3])[0]
         dv = scene.unifier.fresh((dv_size // (kv_count if len(scene.axes(v)) == 3 else 1),) * runs)
@@ -558,6 +560,25 @@ def _attention(scene: Scene, node: ir.Node) -> None:
         scene.unify(scene.axes(value)[1], kv_heads)
         scene.unify(scene.axes(value)[3], dqk if which == "k" else dv)
     scene.attends(node, heads, kv_heads, dqk, dv)
+
+
+def _packed(scene: Scene, node: ir.Node) -> tuple[Axis, Axis, Axis, Axis]:
+    """The heads, those of keys, and their entries, where one input holds keys, values and maybe queries."""
+    query, keys = (*node.inputs, None)[:2]
+    last, runs = scene.axes(query)[-1], scene.unifier.runs
+    if node.op_type == "GroupQueryAttention":  # [batch, sequence, (heads + 2 kv_heads) * head_dim]
+        counts = [node.attributes.get_int(name, 1) for name in ("num_heads", "kv_num_heads")]
+        size = scene.sizes(last)[0] // (counts[0] + 2 * counts[1])
+        heads, kv_heads, dim = (scene.unifier.fresh((each,) * runs) for each in (*counts, size))
+        scene.unify(last, concatenation(*(product(each, dim) for each in (heads, kv_heads, kv_heads))))
+        return heads, kv_heads, dim, dim
+    _, _, heads, several, dim = scene.axes(
+        query if keys is None else keys
+    )  # [batch, sequence, heads, 2 or 3, head_dim]
+    scene.freeze_axis(several, f"queries, keys and values beside each other ({node.name})")
+    if keys is not None:
+        scene.unify(last, product(heads, dim))
+    return heads, heads, dim, dim
 
 
 @rule("RotaryEmbedding")

@@ -26,6 +26,14 @@ SCALING = frozenset({"Mul", "Div"})
 
 def residual_spaces(scene: Scene) -> list[Axis]:
     """The spaces that several weights write and several read: a residual stream each, the most used first."""
+    _unify_continued(scene)
+    reads, writes = _uses(scene)
+    found = [leaf for leaf in reads if reads[leaf] >= 2 and writes[leaf] >= 2]
+    return sorted(found, key=lambda leaf: -(reads[leaf] + writes[leaf]))
+
+
+def _uses(scene: Scene) -> tuple[Counter[Axis], Counter[Axis]]:
+    """How many weights read a space, and how many write it; tables and vectors apart."""
     reads: Counter[Axis] = Counter()
     writes: Counter[Axis] = Counter()
     for stored, parts in scene.parts.items():
@@ -38,8 +46,24 @@ def residual_spaces(scene: Scene) -> list[Axis]:
             factors = scene.unifier.factors(axis)
             if len(factors) == 1 and isinstance(factors[0], Leaf) and not scene.is_dynamic(factors[0]):
                 (reads if parts.get(i) == {"read"} else writes)[factors[0]] += 1
-    found = [leaf for leaf in reads if reads[leaf] >= 2 and writes[leaf] >= 2]
-    return sorted(found, key=lambda leaf: -(reads[leaf] + writes[leaf]))
+    return reads, writes
+
+
+def _unify_continued(scene: Scene) -> None:
+    """What an unknown operator gives is the stream that it takes, where weights write to both.
+
+    Growth relies on nothing of that: all that such an operator touches keeps its size.
+    """
+    _, writes = _uses(scene)
+    written = set(writes)
+    for node in scene.unknown:
+        given, made = node.inputs[0], node.outputs[0]
+        if given is not None and {given, made} <= scene.runs[0].keys():
+            for a, b in zip(scene.axes(given), scene.axes(made), strict=False):
+                pair = {scene.unifier.resolve(a), scene.unifier.resolve(b)}
+                if scene.sizes(a) == scene.sizes(b) and pair <= written:
+                    scene.unify(a, b)
+                    written.add(scene.unifier.resolve(a))
 
 
 def _is_table(scene: Scene, stored: ir.Value) -> bool:

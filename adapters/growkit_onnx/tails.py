@@ -31,7 +31,7 @@ def tails(facts: Facts) -> dict[ir.Value, list[ir.Node]]:
 
 
 def _feeding_layers(facts: Facts) -> set[ir.Node]:
-    """The nodes that something of the stream's layers is made of: a weight's map, or a norm."""
+    """The nodes that something of the stream's layers is made of: a weight's map, a norm, or a sum."""
     streams = {space.space for space in facts.spaces if isinstance(space, Leaf)}
     anchors = {
         node
@@ -41,6 +41,7 @@ def _feeding_layers(facts: Facts) -> set[ir.Node]:
         if streams & set(spaces_of(facts.scene.unifier.resolve(axis)))
     }
     anchors |= {node for norm in facts.norms if facts.stream.carries(norm.source) for node in norm.nodes}
+    anchors |= set(facts.sums)
     todo, seen = list(anchors), set(anchors)
     while todo:
         for value in todo.pop().inputs:

@@ -43,12 +43,14 @@ class Trial:
         runs: Every value's tensor, run by run.
         inputs: What the runs were given.
         reading: Which dynamic dimensions of the inputs are one.
+        opaque: The nodes that were not run: only the shapes of what they give are known.
     """
 
     graph: ir.Graph
     runs: Sequence[Mapping[ir.Value, Any]]
     inputs: Sequence[Mapping[str, torch.Tensor]]
     reading: Reading
+    opaque: frozenset[ir.Node]
 
     def shapes(self, batch: int, lengths: Sequence[int]) -> dict[str, tuple[int, ...]]:
         """The shapes of the inputs at a size of the batch, and at sizes of the other dynamic dimensions in turn."""
@@ -66,7 +68,9 @@ def trial(model: ir.Model) -> Trial:
     for reading, sizes in _readings(model):
         try:
             inputs = [_inputs(model, run) for run in sizes]
-            return Trial(model.graph, [probe(model, given) for given in inputs], inputs, reading)
+            probes = [probe(model, given) for given in inputs]
+            opaque = frozenset[ir.Node]().union(*(each.opaque for each in probes))
+            return Trial(model.graph, [each.values for each in probes], inputs, reading, opaque)
         except UnsupportedModel:
             raise
         except (GrowkitError, RuntimeError, ValueError, IndexError, TypeError, ZeroDivisionError) as error:

@@ -527,6 +527,14 @@ _ALL = (
         stacks=[Stack(kv_heads=2, head_dim=16)],
     ),
     _family(
+        "genai-packed",
+        "LlamaForCausalLM",
+        {**LLAMA, **UNTIED, "head_dim": 16},
+        _cached(Stack(kv_heads=2, head_dim=16), positions=False, prompts=True),
+        LOGITS | _present(GQA),
+        stacks=[Stack(kv_heads=2, head_dim=16)],
+    ),
+    _family(
         "genai-positions",
         "LlamaForCausalLM",
         {**LLAMA, **UNTIED, "head_dim": 16},

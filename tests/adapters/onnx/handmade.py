@@ -72,15 +72,25 @@ def save(builder: Builder, family: Family, path: Path, functions: Sequence[onnx.
 def generator(family: Family, path: Path) -> None:
     """A Llama as generators for ONNX Runtime lay it out: GroupQueryAttention on a cache, residuals fused into norms.
 
-    With position ids as an input, the rotation is a node of its own; without, GroupQueryAttention rotates.
+    With position ids as an input, the rotation is a node of its own; without, GroupQueryAttention rotates. It may be
+    given queries, keys and values as one, from one matrix.
     """
-    stack, rotates = family.stacks[0], "position_ids" not in family.inputs.axes
+    stack, rotates, packed = family.stacks[0], "position_ids" not in family.inputs.axes, family.name.endswith("packed")
     model: Any = family.build("eager").model
     weights = {name: value.detach().numpy() for name, value in model.state_dict().items()}
     build = Builder()
 
     def linear(value: str, name: str) -> str:
         return build.node("MatMul", value, build.constant(f"{name}.MatMul.weight", weights[f"{name}.weight"].T))
+
+    def projected(value: str, name: str) -> list[str]:
+        """The queries, keys and values that attention takes."""
+        parts = [f"{name}.{part}_proj" for part in "qkv"]
+        if not packed:
+            query, key, wide = (linear(value, part) for part in parts)
+            return [rotated(query, stack.heads), rotated(key, stack.kv_heads), wide]
+        weights[f"{name}.qkv_proj.weight"] = np.concatenate([weights[f"{part}.weight"] for part in parts])
+        return [linear(value, f"{name}.qkv_proj"), "", ""]
 
     lengths = build.node("ReduceSum", "attention_mask", build.constant("axis_one", np.array([1])))
     lengths = build.node("Cast", build.node("Sub", lengths, build.constant("one", np.array([1]))), to=TensorProto.INT32)
@@ -100,9 +110,8 @@ def generator(family: Family, path: Path) -> None:
 
     def attention(value: str, layer: int) -> str:
         name = f"model.layers.{layer}.self_attn"
-        query, key, wide = (linear(value, f"{name}.{part}_proj") for part in "qkv")
         past = [f"past_key_values.{layer}.{part}" for part in ("key", "value")]
-        inputs = [rotated(query, stack.heads), rotated(key, stack.kv_heads), wide, *past, lengths, total]
+        inputs = [*projected(value, name), *past, lengths, total]
         attended = build.nodes_of(
             f"{MICROSOFT}::GroupQueryAttention",
             [*inputs, *(tables if rotates else ())],
@@ -244,5 +253,6 @@ def _function(name: str, inputs: Sequence[str], build: Builder) -> onnx.Function
 HANDMADE: dict[str, Callable[[Family, Path], None]] = {
     "genai": generator,
     "genai-positions": generator,
+    "genai-packed": generator,
     "nano": functions,
 }

@@ -558,7 +558,7 @@ def test_an_operator_computes_what_onnx_runtime_does(case: Case) -> None:
 def test_an_abstract_run_has_the_shapes_and_types_of_a_real_one(case: Case) -> None:
     graph = loaded(case.proto())
     abstract = {k: torch.from_numpy(x).to("meta" if x.dtype == np.float32 else "cpu") for k, x in case.feeds.items()}
-    values = probe(graph, abstract)
+    values = probe(graph, abstract).values
     for name, real in Executor(graph)(case.feeds).items():
         found = values[next(value for value in graph.graph.outputs if value.name == name)]
         assert (found.shape, found.dtype) == (real.shape, real.dtype)
@@ -636,7 +636,8 @@ def test_an_abstract_run_reads_no_weight_and_knows_every_integer() -> None:
     proto, feeds = attending()
     graph = unreadable(loaded(proto))
     values = {
-        value.name: tensor for value, tensor in probe(graph, {"tokens": torch.from_numpy(feeds["tokens"])}).items()
+        value.name: tensor
+        for value, tensor in probe(graph, {"tokens": torch.from_numpy(feeds["tokens"])}).values.items()
     }
     assert values["split"].tolist() == [2, 3, 3, -1]
     assert {name for name, t in values.items() if not t.is_meta} == {
@@ -676,7 +677,7 @@ def test_weights_of_every_float_type_are_read(dtype: ir.DataType) -> None:
     weight = f(3, 4).astype(dtype.numpy())
     graph = loaded(model([node("Identity", "w", "y")], {}, ["y"], {"w": weight}))
     assert Executor(graph, dtype=torch.float64)({})["y"].numpy().tolist() == weight.astype(np.float64).tolist()
-    assert probe(graph, {})[graph.graph.outputs[0]].dtype == Executor(graph)({})["y"].dtype
+    assert probe(graph, {}).values[graph.graph.outputs[0]].dtype == Executor(graph)({})["y"].dtype
 
 
 def test_two_runs_are_compared_node_by_node() -> None:
@@ -737,7 +738,7 @@ def test_the_branch_that_a_condition_chooses_is_run(condition: bool, factor: int
     proto = branches(np.array(condition), feeds)
     graph = loaded(proto)
     np.testing.assert_allclose(Executor(graph)(feeds)["y"], factor * feeds["x"], rtol=1e-6)
-    assert probe(graph, {"x": torch.empty(2, 3, device="meta")})[graph.graph.outputs[0]].shape == (2, 3)
+    assert probe(graph, {"x": torch.empty(2, 3, device="meta")}).values[graph.graph.outputs[0]].shape == (2, 3)
 
 
 def test_loops_are_refused() -> None:

@@ -3,14 +3,13 @@
 import numpy as np
 import onnx
 import onnxruntime
-import pytest
 from hypothesis import Phase, event, example, given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
 
 import growkit
 from growkit import Model
-from growkit_specs import GrowkitError, UnsupportedModel
+from growkit_specs import GrowkitError
 from tests.adapters.onnx.drawn import Blueprint, blueprints
 
 EXACT = 2e-5  # relative to the largest output
@@ -115,9 +114,3 @@ def test_growing_nothing_changes_nothing(blueprint: Blueprint) -> None:
     assert set(after) == set(before)
     for name, array in before.items():
         assert (after[name].shape, after[name].tobytes()) == (array.shape, array.tobytes())
-
-
-@pytest.mark.parametrize(("unknown", "operator"), [("stream", "Shrink"), ("custom", "local.Unheard")])
-def test_an_unknown_operator_is_named(unknown: str, operator: str) -> None:
-    with pytest.raises(UnsupportedModel, match=operator):
-        growkit.read(Blueprint(unknown=unknown).model())

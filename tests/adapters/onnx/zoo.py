@@ -161,7 +161,7 @@ def _particular() -> Iterator[File]:
     yield from (File(family, "legacy", 17, post="fused") for family in ("bart", "whisper", "clip-text", "electra"))
     yield from (File(family, "legacy", 17, post="extended") for family in ("deberta-v2", "nano", "phi3", "whisper"))
     yield from (File(family, "legacy", 17, post="onnxslim") for family in ("llama-cache", "nano", "bloom"))
-    yield from (File(family, "hand", 21) for family in ("genai", "genai-positions"))
+    yield from (File(family, "hand", 21) for family in ("genai", "genai-positions", "genai-packed"))
     yield File("nano", "hand", 21, variant=("functions",))
 
 
@@ -170,7 +170,8 @@ FILES: tuple[File, ...] = (*_core(), *_extra(), *_particular())
 # Every family, exporter, opset, kind of attention, optimiser and variant at least once, made in under three minutes.
 _SLICE = (
     *(f"{family}-legacy17-eager" for family in (*CORE, *EXTRA)),
-    *("genai-hand21-eager", "genai-positions-hand21-eager", "nano-hand21-functions-eager"),
+    *("genai-hand21-eager", "genai-positions-hand21-eager", "genai-packed-hand21-eager"),
+    "nano-hand21-functions-eager",
     *("bert-dynamo18-sdpa", "bert-legacy13-nofold-eager", "bert-legacy17-static-eager", "bert-legacy17-eager-fused"),
     *("bert-legacy17-eager-mha", "bert-dynamo18-unnamed-eager", "bert-dynamo18-unoptimised-eager"),
     *("gpt2-legacy14-sdpa", "gpt2-legacy13-nofold-eager", "gpt2-dynamo20-eager", "gpt2-legacy17-fp16-eager"),
