@@ -151,8 +151,8 @@ def main(
         for tool, command in tools.items():
             costs[tool] = measured(command)
             size, expected = (sidecar(path).stat().st_size for path in (out, alike))
-            if size != expected:
-                raise SystemExit(f"{tool} wrote {size:,} bytes; expected {expected:,}: this compares nothing")
+            if round(size / expected, 3) != 1:  # tools lay out the file differently, a little
+                raise SystemExit(f"{tool} wrote {size:,} bytes; expected about {expected:,}")
             for path in (out, sidecar(out)):
                 path.unlink(missing_ok=True)  # before the next: the disk must hold three such models, not five
     plain = costs["onnx-ir load + save"]

@@ -30,6 +30,15 @@ def namespace(x: Array) -> Any:
     return sys.modules[type(x).__module__.partition(".")[0]]
 
 
+def overlaid(x: Array, entries: Array, mask: np.ndarray) -> Array:
+    """``x`` with the ``entries`` where the mask holds; an ``x`` of numpy's, which bears no gradient, is overwritten."""
+    if isinstance(x, np.ndarray):
+        np.copyto(x, entries, where=mask)
+        return x
+    xp = namespace(x)
+    return xp.where(xp.asarray(mask, device=x.device), entries, x)
+
+
 def _reshape_axis(x: Array, axis: int, sizes: Sequence[int]) -> Array:
     return x.reshape(*x.shape[:axis], *sizes, *x.shape[axis + 1 :])
 

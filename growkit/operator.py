@@ -34,6 +34,7 @@ from growkit.matrices import (
     interleaved,
     kronecker,
     namespace,
+    overlaid,
     scaled,
     to_state,
 )
@@ -257,12 +258,11 @@ class GrowthOperator:
             free = free | _along(unused, a, W) if unused.any() else free
         if not null and not free.any():
             return None
-        xp = namespace(W)
         N = self.fresh.draw(target.name, W, target.shape)
-        unseen = N if null else xp.zeros_like(N)
+        unseen = N if null else namespace(N).zeros_like(N)
         for a in null:
             unseen = _unseen(unseen, self.axis_matrix(target, a), self.axis_matrix(target, a, "seen"), a)
-        return xp.where(xp.asarray(free, device=W.device), N, unseen) if free.any() else unseen
+        return overlaid(unseen, N, free) if free.any() else unseen
 
     # --- the matrices of a tensor ----------------------------------------------------------------------------------
 
