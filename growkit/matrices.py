@@ -21,9 +21,22 @@ Array = Any
 """A numpy array or a torch tensor."""
 
 
+FEW_RUNS = 16
+"""Up to how many stretches of consecutive entries an index is copied stretch by stretch, not entry by entry."""
+
+
 def namespace(x: Array) -> Any:
     """The array namespace of ``x``: numpy, or torch."""
     return sys.modules[type(x).__module__.partition(".")[0]]
+
+
+def overlaid(x: Array, entries: Array, mask: np.ndarray) -> Array:
+    """``x`` with the ``entries`` where the mask holds; an ``x`` of numpy's, which bears no gradient, is overwritten."""
+    if isinstance(x, np.ndarray):
+        np.copyto(x, entries, where=mask)
+        return x
+    xp = namespace(x)
+    return xp.where(xp.asarray(mask, device=x.device), entries, x)
 
 
 def _reshape_axis(x: Array, axis: int, sizes: Sequence[int]) -> Array:
@@ -209,17 +222,28 @@ class _Gathering(Matrix):
 
 def _gather(x: Array, index: np.ndarray, axis: int) -> Array:
     """Entries ``index`` of ``x`` along ``axis``; -1 gives zero."""
-    if isinstance(x, np.ndarray) and x.shape[axis]:
-        if len(index) and index[0] >= 0 and np.array_equal(index, np.arange(index[0], index[0] + len(index))):
-            return x[(slice(None),) * axis + (slice(int(index[0]), int(index[0]) + len(index)),)]
-        taken = np.take(x, index, axis)
-        taken[(slice(None),) * axis + (index < 0,)] = 0
-        return taken
-    xp = namespace(x)
+    xp, lead = namespace(x), (slice(None),) * axis
+
+    def zeros(count: int) -> Array:
+        zero = xp.zeros((), dtype=x.dtype, device=x.device)
+        return xp.broadcast_to(zero, (*x.shape[:axis], count, *x.shape[axis + 1 :]))
+
+    runs = _runs(index)
+    if len(runs) == 1 and runs[0][0] >= 0:
+        return x[(*lead, slice(runs[0][0], runs[0][-1] + 1))]
+    if 0 < len(runs) <= FEW_RUNS:
+        parts = [zeros(len(run)) if run[0] < 0 else x[(*lead, slice(run[0], run[-1] + 1))] for run in runs]
+        return xp.concatenate(parts, axis=axis)
     if (index < 0).any():  # one zero entry after the last, which is what -1 names
-        shape = (*x.shape[:axis], 1, *x.shape[axis + 1 :])
-        x = xp.concatenate([x, xp.zeros(shape, dtype=x.dtype, device=x.device)], axis=axis)
-    return x[(slice(None),) * axis + (xp.asarray(index, device=x.device),)]
+        x = xp.concatenate([x, zeros(1)], axis=axis)
+    # numpy's own fancy indexing is several times slower than its take, which torch names otherwise
+    return np.take(x, index, axis) if xp is np else x.index_select(axis, xp.asarray(index, device=x.device))
+
+
+def _runs(index: np.ndarray) -> list[np.ndarray]:
+    """An index cut where it neither goes on to the next entry nor stays at -1."""
+    follows = index[1:] == np.where(index[:-1] < 0, -1, index[:-1] + 1)
+    return np.split(index, np.flatnonzero(~follows) + 1) if len(index) else []
 
 
 def _weighted(x: Array, weight: np.ndarray | None, axis: int) -> Array:

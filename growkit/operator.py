@@ -34,6 +34,7 @@ from growkit.matrices import (
     interleaved,
     kronecker,
     namespace,
+    overlaid,
     scaled,
     to_state,
 )
@@ -123,9 +124,11 @@ class Fresh:
         return namespace(trained).std(trained, correction=0) * self.scale
 
     def draw(self, name: str, like: Array, shape: Sequence[int]) -> Array:
-        """Standard normal entries for the tensor ``name``, in the namespace and dtype of ``like``."""
+        """Normal entries for the tensor ``name``, in the namespace, dtype and scale of ``like``, its trained ones."""
         entries = np.random.default_rng([self.seed, crc32(name.encode())]).standard_normal(shape, dtype=np.float32)
-        return namespace(like).asarray(entries, dtype=like.dtype, device=like.device)
+        drawn = namespace(like).asarray(entries, dtype=like.dtype, device=like.device)
+        drawn *= self.std(like)
+        return drawn
 
 
 @dataclass(frozen=True)
@@ -249,18 +252,17 @@ class GrowthOperator:
         if not layout.reads:
             return None
         null = [a for a, role in enumerate(layout.roles) if role == "read" and self._reads_fresh(layout.axes[a])]
-        free = np.full(target.shape, self.fresh.anew)
+        free = np.asarray(self.fresh.anew)  # as few axes as tell entries apart: large tensors, of which some are new
         for a, role in enumerate(layout.roles):
             unused = self._unused(target, a, ("write", "both") if role == "write" else ("both",))
-            free |= _along(unused, a, free)
+            free = free | _along(unused, a, W) if unused.any() else free
         if not null and not free.any():
             return None
-        xp = namespace(W)
-        N = self.fresh.draw(target.name, W, target.shape) * self.fresh.std(W)
-        unseen = N if null else 0 * N
+        N = self.fresh.draw(target.name, W, target.shape)
+        unseen = N if null else namespace(N).zeros_like(N)
         for a in null:
             unseen = _unseen(unseen, self.axis_matrix(target, a), self.axis_matrix(target, a, "seen"), a)
-        return xp.where(xp.asarray(free, device=W.device), N, unseen) if free.any() else unseen
+        return overlaid(unseen, N, free) if free.any() else unseen
 
     # --- the matrices of a tensor ----------------------------------------------------------------------------------
 

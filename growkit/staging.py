@@ -6,11 +6,33 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from growkit.adapters import refuse_existing
 from growkit_specs import GrowkitError
+
+T = TypeVar("T")
+
+
+def made_ahead(items: Iterable[T]) -> Iterator[T]:
+    """The items of an iterable in order, each made by a second thread while the one before it is in use.
+
+    Args:
+        items: What is iterated over, in that thread only; it is one item ahead, so two of them are in memory.
+
+    Yields:
+        Each item; an error in making one is raised in its turn.
+    """
+    source, end = iter(items), object()
+    with ThreadPoolExecutor(1, thread_name_prefix="made_ahead") as thread:
+        coming = thread.submit(next, source, end)
+        while (item := coming.result()) is not end:
+            coming = thread.submit(next, source, end)
+            yield item
+            del item
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, cast
 import onnx_ir as ir
 from onnx import GraphProto, ModelProto, TensorProto
 
-from growkit.staging import staged_files
+from growkit.staging import made_ahead, staged_files
 from growkit_onnx.laws import Contents, check
 from growkit_onnx.wire import Malformed, header, refer, with_references
 from growkit_specs import GrowkitError, InvalidModel
@@ -190,7 +190,7 @@ def save(
     """Write a model, all of it or nothing.
 
     Args:
-        model: The model, which stays as it is; weights that are made when asked for are made once, one at a time.
+        model: The model, which stays as it is; weights that are made when asked for are made once, in order.
         destination: The .onnx file, at which nothing exists.
         external: Whether weights lie in a file of their own beside it; None for where they are more than 1.5 GB.
         progress: Called with the number of bytes of each weight once it is written.
@@ -220,7 +220,7 @@ def write_file(
     external: bool | None = None,
     progress: Progress = lambda written: None,
 ) -> None:
-    """Write a model into a folder that is staged, its external data beside it, one weight in memory at a time.
+    """Write a model into a folder that is staged, its external data beside it, two weights in memory at most.
 
     Args:
         model: The model, which stays as it is. Tensors in nodes stay within them.
@@ -243,12 +243,13 @@ def write_file(
         if any(weight.offset is not None for weight in weights):
             beside = files.enter_context(sidecar(path).open("xb"))
         main.write(_head(proto, [len(frame) + weight.inline for frame, weight in zip(frames, weights, strict=True)]))
-        for frame, weight in zip(frames, weights, strict=True):
+        made = made_ahead(weight.made() for weight in weights)
+        for frame, weight, tensor in zip(frames, weights, made, strict=True):
             main.write(header(GraphProto.INITIALIZER_FIELD_NUMBER, len(frame) + weight.inline) + frame)
             if weight.offset is not None:
                 beside.write(bytes(weight.offset - beside.tell()))
             if weight.streamed:
-                _copy(weight, main if weight.offset is None else beside)
+                _copy(tensor, weight, main if weight.offset is None else beside)
             progress(weight.size)
 
 
@@ -288,6 +289,10 @@ class _Weight:
     def inline(self) -> int:
         """How many bytes of data follow its message in the model's own file."""
         return self.size if self.streamed and self.offset is None else 0
+
+    def made(self) -> ir.TensorProtocol:
+        """The weight, computed where it is one that is computed when it is written."""
+        return self.tensor.raw() if isinstance(self.tensor, ir.LazyTensor) else self.tensor
 
 
 def _weights(model: ir.Model, *, external: bool) -> list[_Weight]:
@@ -357,8 +362,8 @@ def _head(proto: ModelProto, lengths: Sequence[int]) -> bytes:
     return rest + header(ModelProto.GRAPH_FIELD_NUMBER, length) + graph
 
 
-def _copy(weight: _Weight, file: BinaryIO) -> None:
+def _copy(tensor: ir.TensorProtocol, weight: _Weight, file: BinaryIO) -> None:
     start = file.tell()
-    cast(Any, weight.tensor).tofile(file)  # which the protocol does not name
+    cast(Any, tensor).tofile(file)  # which the protocol does not name
     if (made := file.tell() - start) != weight.size:
         raise InvalidModel(f"{weight.value.name} was made with {made} bytes; expected {weight.size}")

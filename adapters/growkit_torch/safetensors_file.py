@@ -17,6 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from growkit.staging import made_ahead
 from growkit_specs import InvalidModel, UnsupportedModel
 
 DTYPES: dict[str, Any] = {
@@ -110,7 +111,7 @@ def write_file(
     tensors: Iterable[np.ndarray],
     progress: Callable[[int], None],
 ) -> None:
-    """Write one file, one tensor in memory at a time.
+    """Write one file, two tensors in memory at most: one is made while the one before it is written.
 
     Args:
         path: The file.
@@ -128,6 +129,6 @@ def write_file(
     text += b" " * (-len(text) % 8)  # the format asks for aligned tensors
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for tensor in tensors:
+        for tensor in made_ahead(tensors):
             file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
             progress(tensor.nbytes)

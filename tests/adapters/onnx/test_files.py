@@ -422,7 +422,7 @@ def test_each_weight_is_made_once_in_order_and_let_go(tmp_path: Path) -> None:
     held: list[weakref.ref[np.ndarray]] = []
 
     def make(name: str) -> ir.Tensor:
-        assert all(array() is None for array in held), "the weight before is still there"
+        assert all(array() is None for array in held[:-1]), "more than the weight before is still there"
         array = np.ones((100, 100), np.float32)
         held.append(weakref.ref(array))
         made.append(name)
@@ -514,12 +514,13 @@ print(json.dumps(highest))
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc to measure memory")
 @pytest.mark.parametrize("external", [False, True])
 def test_weights_stay_out_of_memory(tmp_path: Path, external: bool) -> None:
-    """300 MB of weights, 25 MB each."""
+    """300 MB of weights, 25 MB each, of which one is made while another is written."""
     result = subprocess.run(
         [sys.executable, "-c", MEASURE, str(tmp_path), str(external)],
         capture_output=True,
         check=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join(sys.path), "MALLOC_MMAP_THRESHOLD_": "1000000"},  # glibc keeps nothing freed
     )
     megabytes = json.loads(result.stdout)
     assert (tmp_path / "save.onnx").stat().st_size > (0 if external else 300e6)
