@@ -301,6 +301,7 @@ class _Prober(Executor):
             return (yield from super()._outputs(node, environment))
         except UnsupportedModel as error:
             reason = str(error) if str(error).startswith(named(node)) else f"{named(node)}: {error}"
+            self._refuse_malformed(node)
             told = self._told(node, environment)
             if any(tensor is None and _is_needed(value) for value, tensor in zip(node.outputs, told, strict=True)):
                 lack = (
@@ -310,6 +311,16 @@ class _Prober(Executor):
                 raise type(error)(f"{reason}; {lack}") from None
             self.opaque[node] = reason
             return told
+
+    def _refuse_malformed(self, node: ir.Node) -> None:
+        """Refuse a node of the standard whose attributes are not those of its operator."""
+        if _domain(node) or not onnx.defs.has(node.op_type, self.opset):
+            return
+        known = onnx.defs.get_schema(node.op_type, self.opset).attributes
+        if odd := sorted(node.attributes.keys() - known.keys()):
+            raise InvalidModel(f"{named(node)} has an attribute that the operator does not have, {shown(odd[0])}")
+        if lack := sorted(name for name, each in known.items() if each.required and name not in node.attributes):
+            raise InvalidModel(f"{named(node)} lacks the attribute '{lack[0]}'")
 
     def _told(self, node: ir.Node, environment: Mapping[ir.Value, Tensor]) -> Outputs:
         """Tensors without numbers in the shapes that the standard or the file tells of a node's outputs."""

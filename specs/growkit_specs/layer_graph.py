@@ -115,7 +115,8 @@ class Layer(Spec):
             to readers; ``post``: the output is the stream; ``branch``: the output is added to the stream), ``epsilon``,
             ``offset`` (what a norm adds to its stored scale), ``hidden_power`` (the power of the size of ``hidden``
             that multiplies what the layer writes into it, or reads of it), ``activation``,
-            ``output_activation`` (what the output goes through before it is written), ``rope``, ``causal``, ...
+            ``output_activation`` (what the output goes through before it is written), ``bends`` (what the block passes
+            the stream itself through), ``rope``, ``causal``, ...
     """
 
     name: str
