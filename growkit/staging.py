@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,13 +27,16 @@ def made_ahead(items: Iterable[T]) -> Iterator[T]:
     Yields:
         Each item; an error in making one is raised in its turn.
     """
-    source, end = iter(items), object()
+    source = iter(items)
+
+    def following() -> list[T]:
+        return list(islice(source, 1))
+
     with ThreadPoolExecutor(1, thread_name_prefix="made_ahead") as thread:
-        coming = thread.submit(next, source, end)
-        while (item := coming.result()) is not end:
-            coming = thread.submit(next, source, end)
-            yield item
-            del item
+        coming = thread.submit(following)
+        while made := coming.result():
+            coming = thread.submit(following)
+            yield made.pop()
 
 
 @contextmanager
