@@ -176,7 +176,7 @@ class _Run:
         if layer.attributes.get("rope"):
             q_blkgd, k_blkgd = _rotated(q_blkgd), _rotated(k_blkgd)
         scores = np.einsum("blkgd,bmkd->bkglm", q_blkgd, k_blkgd[:, :, :, 0])
-        scores = scores if layer.attributes.get("scale") == "none" else scores / np.sqrt(d)
+        scores = scores * d**layer.score_power
         scores = np.where(self.visible(layer, x.shape[1]), scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights = weights / weights.sum(-1, keepdims=True)

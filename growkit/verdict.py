@@ -263,14 +263,11 @@ class _Examination:
         q, k = (self.operator.expansions.get(f"head_dim[{b}]", self.operator.expansions["head_dim"]) for b in "qk")
         turned = not (q.write.is_identity and k.write.is_identity)
         x, y = self.probes(d), self.probes(d)
-        scaled = any(
-            layer.attributes.get("scale") != "none" for _, layer in self.graph.walk() if layer.kind == "attention"
-        )
-        before = (x * y).sum(1) / (np.sqrt(d) if scaled else 1)
-        after = (q.write.apply(x, 1) * k.write.apply(y, 1)).sum(1) / (np.sqrt(D) if scaled else 1)
+        powers = {layer.score_power for _, layer in self.graph.walk() if layer.kind == "attention"}
+        before, after = (x * y).sum(1), (q.write.apply(x, 1) * k.write.apply(y, 1)).sum(1)
         free = ~q.write.support & ~k.write.support
         clash = bool(free.any()) and q.fresh == "write" and k.fresh == "write"
-        holds = _close(before, after) and not clash
+        holds = all(_close(before * d**power, after * D**power) for power in powers or {0.0}) and not clash
         if holds and turned and (rotary or normed):
             return Reason(
                 "head_dim: attention scores", False, "head_dim: entries leave their rotary pairs or their norm"

@@ -16,6 +16,7 @@ import onnx_ir as ir
 from growkit_onnx.facts import Facts
 from growkit_onnx.infer import Weight
 from growkit_onnx.norms import Norm
+from growkit_onnx.numbers import goes_through, made_of, multiplier
 from growkit_onnx.rules import CONTRIB, NONLINEAR
 from growkit_specs.layer_graph import LayerKind, Scalar
 from growkit_specs.layout import Axis, product
@@ -43,7 +44,7 @@ class Slot:
 
 @dataclass
 class Draft:
-    """A layer in the making."""
+    """A layer in the making; ``factor`` is the number its scores, its rows or its input are multiplied by."""
 
     name: str
     kind: LayerKind
@@ -53,6 +54,7 @@ class Draft:
     added_through: Norm | None = None
     norm: Norm | None = None
     attributes: dict[str, Scalar] = field(default_factory=dict)
+    factor: float | None = 1.0
 
 
 def components(facts: Facts, nodes: Sequence[ir.Node]) -> list[list[ir.Node]]:
@@ -110,6 +112,7 @@ class Branch:
         self.labels: dict[ir.Value, set[str]] = {}
         self.is_attention = False
         self.repeated: set[str] = set()
+        self.score_factors: set[float] = set()
 
     def drafts(self) -> list[Draft]:
         """Its layers; keys and values that are read through another norm than queries are a layer of their own."""
@@ -122,25 +125,31 @@ class Branch:
         ]
         if not weights:
             return []
-        groups: dict[Norm | None, list[tuple[ir.Node, Weight]]] = {}
+        groups: dict[tuple[Norm | None, float], list[tuple[ir.Node, Weight]]] = {}
         own = [self._read_through(node) for node, _ in weights if self._reads_stream(node)]
         writes = any(self._writes_stream(node) for node, _ in weights)
         main = self._main_norm(own, weights)
+        kind, name = self._kind(weights, writes)
         for node, weight in weights:
             norm = self._read_through(node) if self._reads_stream(node) else self._bias_norm(node, main)
-            groups.setdefault(norm, []).append((node, weight))
-        if main not in groups:
-            groups.setdefault(main, [])
-        ordered = sorted(groups.items(), key=lambda item: item[0] is not main)
-        kind, name = self._kind(weights, writes)
-        if self.is_attention and len(groups) > 1 and not any(self._is_labelled(w, "k") for _, w in groups[main]):
+            groups.setdefault((norm, self._factor(node, kind)), []).append((node, weight))
+        own_keys = any(norm is main and self._is_labelled(w, "k") for (norm, _), g in groups.items() for _, w in g)
+        if self.is_attention and len(groups) > 1 and not own_keys:
             name = "cross_attention"
-        drafts = []
-        for i, (norm, members) in enumerate(ordered):
-            if members:
-                title = name if i == 0 else f"{name}_memory"
-                drafts.append(self._draft(title, kind, norm, members))
-        return drafts
+        return [
+            self._draft(name if norm is main else f"{name}_memory", kind, norm, members, factor)
+            for (norm, factor), members in sorted(groups.items(), key=lambda item: item[0][0] is not main)
+        ]
+
+    def _factor(self, node: ir.Node, kind: LayerKind) -> float:
+        """The number that multiplies what an embedding's weight writes, or what a head's reads."""
+        if kind == "embedding":
+            return goes_through(self.scene, node.outputs[0])
+        if kind == "head" and self._reads_stream(node):
+            norms = self.facts.norm_of
+            carries = self.facts.stream.carries
+            return made_of(self.scene, self._stream_inputs(node)[0], lambda n: n in norms, carries) or 1.0
+        return 1.0
 
     def _is_labelled(self, weight: Weight, label: str) -> bool:
         return label in self.labels.get(weight.stored, ())
@@ -182,6 +191,8 @@ class Branch:
         own = set(factors(found.kv_heads))
         self.repeated |= {leaf for f in factors(found.heads) if f not in own for leaf in self.scene.unifier.leaves(f)}
         self._name_heads([found.heads], found.scores, found.values)
+        factor = node.attributes.get_float("scale", 0.0) or self.scene.sizes(found.scores)[0] ** -0.5
+        self._note_scores(factor, node.inputs[:2] if (node.domain, node.op_type) != (CONTRIB, "Attention") else ())
 
     def _spelled_out_attention(self, softmax: ir.Node) -> None:
         scores = self._scores(softmax)
@@ -189,11 +200,27 @@ class Branch:
         if scores is None or values is None:
             return
         q, k = (value for value in scores.inputs[:2] if value is not None)
+        behind = made_of(
+            self.scene, softmax.inputs[0], lambda node: node is scores, lambda v: self._same_shape(v, softmax)
+        )
+        self._note_scores((behind or 1.0) * multiplier(self.scene, scores, q), (q, k))
         self._label(q, "q")
         self._label(k, "k")
         self._label(values, "v")
         contracted = self.scene.axes(q)[-1] if scores.op_type != "Einsum" else self._contracted(scores)
         self._name_heads(self.scene.axes(softmax.outputs[0])[:-2], contracted, self.scene.axes(values)[-1])
+
+    def _note_scores(self, factor: float, made: Sequence[ir.Value | None]) -> None:
+        """Note the number that scores are multiplied by, theirs and those of queries and keys since their maps."""
+        for value in made:
+            factor *= made_of(self.scene, value, self._begins, lambda v: v.producer() in self.inside) or 1.0
+        self.score_factors.add(float(f"{abs(factor):.6g}"))
+
+    def _begins(self, node: ir.Node) -> bool:
+        """Whether a node makes queries or keys: a map, or a norm, before which numbers make no difference."""
+        weights = self.facts.weights_of.get(node, ())
+        parts = (self.scene.parts.get(weight.stored, {}).values() for _, weight in weights)
+        return node in self.facts.norm_of or any("read" in part for each in parts for part in each)
 
     def _scores(self, softmax: ir.Node) -> ir.Node | None:
         """The product of two activations that a softmax is over."""
@@ -344,7 +371,9 @@ class Branch:
         found = [node.op_type for node in self.nodes if node.op_type in NONLINEAR and node not in self.facts.norm_of]
         return next((op for op in found if op not in ("Pow", "Sqrt", "Min", "Max", "Clip", "Cos", "Sin")), None)
 
-    def _draft(self, name: str, kind: LayerKind, norm: Norm | None, members: list[tuple[ir.Node, Weight]]) -> Draft:
+    def _draft(
+        self, name: str, kind: LayerKind, norm: Norm | None, members: list[tuple[ir.Node, Weight]], factor: float
+    ) -> Draft:
         attributes: dict[str, Scalar] = {}
         if kind == "attention":
             attributes["scale"] = "none"  # scores are scaled by a number in the file, which stays what it is
@@ -358,6 +387,9 @@ class Branch:
         draft = Draft(
             name, kind, slots, min(self.facts.order[node] for node, _ in members), norm, attributes=attributes
         )
+        draft.factor = factor
+        if kind == "attention":
+            draft.factor = next(iter(self.score_factors)) if len(self.score_factors) == 1 else None
         draft.added_through = self._branch_norm(members)
         if (bend := self._bend(members)) is not None:
             attributes["output_activation"] = bend

@@ -41,6 +41,7 @@ class Description:
         names: The named spaces.
         frozen: For each space that cannot grow, why.
         reads: For each place where the stream is read back, by its node's name, the norm it is read through, or None.
+        factors: For each layer's key the number that its scores, rows or input are multiplied by; None for several.
         tails: Where tails begin, and what uses the stream there; only where the stream cannot grow.
     """
 
@@ -52,6 +53,7 @@ class Description:
     names: Names
     frozen: Mapping[str, str]
     reads: Mapping[str, str | None]
+    factors: Mapping[str, float | None]
     tails: Mapping[ir.Value, Sequence[ir.Node]]
 
 
@@ -197,6 +199,7 @@ class _Assembly:
         self.by_origin: dict[str, list[Parameter]] = {}
         self.norms: dict[str, tuple[Norm, ...]] = {}
         self.norm_names: dict[int, str] = {}
+        self.factors: dict[str, float | None] = {}
         self.taken: set[str] = set()
 
     def description(self) -> Description:
@@ -233,7 +236,16 @@ class _Assembly:
         streams = {space.name for space in graph.spaces if space.kind == "residual"}
         found = tails(self.facts) if streams & set(frozen) else {}
         return Description(
-            graph, self.stored, self.slots, self.stacks, self.norms, self.names, frozen, dict(self._reads()), found
+            graph,
+            self.stored,
+            self.slots,
+            self.stacks,
+            self.norms,
+            self.names,
+            frozen,
+            dict(self._reads()),
+            self.factors,
+            found,
         )
 
     def _reads(self) -> Iterator[tuple[str, str | None]]:
@@ -430,6 +442,7 @@ class _Assembly:
         made = (self._parameter(slot, draft, stack) for slot in draft.slots)
         parameters = tuple(parameter for parameter in made if parameter is not None)
         attributes = dict(draft.attributes)
+        self.factors[f"{stack or ''}/{draft.name}"] = draft.factor
         if draft.norm is not None:
             key = f"{stack}/{draft.name}" if stack else draft.name
             attributes["epsilon_key"] = f"epsilon of {key}"

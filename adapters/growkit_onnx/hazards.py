@@ -24,7 +24,17 @@ _PRODUCTS = ("MatMul", "FusedMatMul", "Einsum")
 
 def freeze_hazards(facts: Facts) -> None:
     """Freeze every space that something looks at which growth would change."""
-    for find in (_reductions, _contractions, _stream_products, _odd_readers, _odd_axes, _wide_norms, _inputs, _buffers):
+    for find in (
+        _reductions,
+        _contractions,
+        _repetitions,
+        _stream_products,
+        _odd_readers,
+        _odd_axes,
+        _wide_norms,
+        _inputs,
+        _buffers,
+    ):
         for axis, reason in list(find(facts)):
             if axis != ONE and not facts.scene.is_dynamic(axis):
                 facts.scene.freeze_axis(axis, reason)
@@ -58,6 +68,19 @@ def _contractions(facts: Facts) -> Iterator[Hazard]:
             shared = leaves <= {leaf for other in right for leaf in scene.unifier.leaves(other)}
             if leaves and shared and not leaves & out and not facts.names.is_scores(axis):
                 yield axis, f"a product of two activations sums over it ({node.name})"
+
+
+def _repetitions(facts: Facts) -> Iterator[Hazard]:
+    """How often a whole axis is repeated, apart from keys and values that are repeated for their queries."""
+    unifier, names = facts.scene.unifier, facts.names
+    for node in facts.scene.graph:
+        sides = (node.inputs[0], node.outputs[0]) if node.op_type == "Tile" else ()
+        for mine, other in zip(*map(facts.scene.axes, sides), strict=True):
+            own = set(unifier.leaves(mine))
+            for factor in unifier.factors(other) if own else ():
+                kinds = {names.kinds.get(space) for space in spaces_of(names.axis(factor))}
+                if kinds != {"scores"} and not own & set(unifier.leaves(factor)):
+                    yield factor, f"a number of repetitions ({node.name})"
 
 
 def _stream_products(facts: Facts) -> Iterator[Hazard]:

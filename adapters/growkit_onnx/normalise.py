@@ -8,6 +8,7 @@ the data, and :func:`restore` puts together again what is still equal.
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -28,6 +29,9 @@ them with one more suffix: ``"3:sum"`` or ``"3.clone1:sum"``.
 
 COPY = "growkit.copy"
 """The metadata key of a node that is a copy of another one: the name of that node's output."""
+
+FOLDED = "growkit.folded"
+"""The metadata key of a Transpose that was two: the first one's axes, name and output."""
 
 _FEW = 64
 
@@ -72,7 +76,7 @@ class Fusion:
         outputs: The slots of its outputs, in order; one that no step makes is not read.
         declared: How many of the outputs it had, read or not: more may be read of a clone, and fewer are refused.
         attributes: Its attributes without the epsilon.
-        steps: The nodes in its place; the one that makes "output" is the norm.
+        steps: The nodes in its place; the one that makes "output" is the last one, of a fused norm the norm.
     """
 
     op_type: str
@@ -104,9 +108,10 @@ class Normalised:
 def normalise(model: ir.Model) -> Normalised:
     """Bring a model, in place, into the form that inference reads.
 
-    Model-local functions are inlined; Identity and idle Dropout nodes are gone; large Constant nodes are initializers,
-    and no initializer is an input; every use of an initializer, or of a chain of nodes that only move one, has its own
-    copy, which shares the data; norms that are fused with the residual sum before them are taken apart. Initializers
+    Model-local functions are inlined; nodes that give what they get (Identity, idle Dropout) are gone; large Constant
+    nodes are initializers, and no initializer is an input; every use of an initializer, or of a chain of nodes that
+    only move one, has its own copy, which shares the data; norms that are fused with the residual sum before them are
+    taken apart, and so are products that are fused with what moves their operands or scales their result. Initializers
     that nothing reads are dropped. No weight is loaded.
 
     Args:
@@ -125,6 +130,7 @@ def normalise(model: ir.Model) -> Normalised:
     _split_sequences(graph, model.opset_imports.get("", 1), names)
     _unfuse(graph, model.opset_imports.get("", 1), names, done)
     _drop_passing(graph, done)
+    _fold_transposes(graph)
     _copy_shared(graph, names, done)
     _drop_unused(graph)
     done.obstacles += [
@@ -148,7 +154,7 @@ def restore(model: ir.Model, normalised: Normalised, same: Same = same_data) -> 
 
     Nodes of one fusion that still are what they were become one node again; initializers that were one tensor and are
     equal become one again, and so do the nodes that were copied for their sake. A model that was not changed in
-    between gets back the names of all that it shared. Functions stay inlined, Identity and Dropout nodes away.
+    between gets back the names of all that it shared. Functions stay inlined, nodes that give what they get away.
 
     Args:
         model: The normalised model, which may have been grown, or a copy of it.
@@ -156,6 +162,7 @@ def restore(model: ir.Model, normalised: Normalised, same: Same = same_data) -> 
         same: Whether two initializers hold the same data; both have the same origin.
     """
     graph = model.graph
+    _unfold_transposes(graph)
     _fuse(graph, normalised.fusions)
     _tie(graph, normalised.ties, same)
     _merge_copies(graph)
@@ -435,8 +442,14 @@ def _drop_passing(graph: ir.Graph, done: Normalised) -> None:
     for node in list(graph):
         if node.op_type == "Dropout" and node.domain == "" and not _is_idle(node):
             done.obstacles.append((node, "Dropout is in training mode, or its mask is read"))
-        elif node.op_type in ("Identity", "Dropout") and node.domain == "" and _pass_on(graph, node, done):
+        elif _only_passes(node) and _pass_on(graph, node, done):
             _remove(graph, [node])
+
+
+def _only_passes(node: ir.Node) -> bool:
+    """Whether a node gives what it gets: a Concat of one value does."""
+    alone = node.op_type == "Concat" and len(node.inputs) == 1
+    return node.domain == "" and (alone or node.op_type in ("Identity", "Dropout"))
 
 
 def _is_idle(dropout: ir.Node) -> bool:
@@ -556,9 +569,12 @@ def _whole(number: int | list[int], dtype: type = np.int64) -> dict[str, ir.Attr
 
 _LAST_AXIS = _attributes(axis=-1)
 
+Steps = Callable[[ir.Node, Set[str], int], list[Step]]
+"""The nodes in the place of a fused node, given the slots that are given or read, and the operator set's version."""
 
-def _skip_steps(norm: str) -> Callable[[Set[str], int], list[Step]]:
-    def steps(slots: Set[str], opset: int) -> list[Step]:
+
+def _skip_steps(norm: str) -> Steps:
+    def steps(fused: ir.Node, slots: Set[str], opset: int) -> list[Step]:
         # The bias belongs to the branch: were it added to the sum, the first block would end otherwise than the last.
         bias = [Step("Add", ("branch", "bias"), "biased")] if "bias" in slots else []
         shift = ("beta",) if "beta" in slots else ()
@@ -571,7 +587,7 @@ def _skip_steps(norm: str) -> Callable[[Set[str], int], list[Step]]:
     return steps
 
 
-def _embed_steps(slots: Set[str], opset: int) -> list[Step]:
+def _embed_steps(fused: ir.Node, slots: Set[str], opset: int) -> list[Step]:
     third = "segments" in slots
     return [
         *([] if "positions" in slots else _COUNTED),
@@ -609,6 +625,49 @@ def _valid_tokens(opset: int) -> list[Step]:
     ]
 
 
+def _product_steps(fused: ir.Node, slots: Set[str], opset: int) -> list[Step]:
+    alpha = fused.attributes.get_float("alpha", 1.0)
+    product = "product" if alpha != 1 else "output"
+    operands, steps = [], []
+    for slot, value in zip("AB", fused.inputs, strict=True):
+        turned = fused.attributes.get_int(f"trans{slot}", 0)
+        operands.append(f"turned_{slot}" if turned else slot)
+        if turned:
+            *lead, row, column = range(_rank(value))
+            steps.append(Step("Transpose", (slot,), operands[-1], _attributes(perm=[*lead, column, row])))
+    steps.append(Step("MatMul", tuple(operands), product))
+    if alpha != 1:
+        steps.append(Step("Constant", (), "alpha", _attributes(value=ir.tensor(np.array(alpha, np.float32)))))
+        steps.append(Step("Mul", (product, "alpha"), "output"))
+    return steps
+
+
+def _is_plain_product(fused: ir.Node) -> bool:
+    """Whether what a fused product does to its operands and its result is known: the axes it swaps, the type."""
+    attributes = fused.attributes
+    if attributes.get_int("transBatchA", 0) or attributes.get_int("transBatchB", 0):
+        return False
+    ranks = [_rank(v) for v, slot in zip(fused.inputs, "AB", strict=True) if attributes.get_int(f"trans{slot}", 0)]
+    return min(ranks, default=2) > 1 and (attributes.get_float("alpha", 1.0) == 1 or _is_of_float32(fused))
+
+
+def _rank(value: ir.Value | None) -> int:
+    """The number of a value's axes as far as the file tells it, or the operator that moves them; 0 where none does."""
+    if value is None or value.shape is not None:
+        return len(value.shape) if value is not None and value.shape is not None else 0
+    maker = value.producer()
+    if maker is None or maker.op_type == "Transpose":
+        return len(maker.attributes.get_ints("perm", ())) if maker is not None else 0
+    return _rank(maker.inputs[0]) if _only_passes(maker) else 0
+
+
+def _is_of_float32(node: ir.Node) -> bool:
+    """Whether all weights of the node's graph are of that type."""
+    assert node.graph is not None
+    types = {value.dtype for value in node.graph.initializers.values() if value.dtype is not None}
+    return {dtype for dtype in types if dtype.is_floating_point()} == {ir.DataType.FLOAT}
+
+
 @dataclass(frozen=True)
 class _Form:
     """How a fused operator is taken apart.
@@ -616,17 +675,19 @@ class _Form:
     Attributes:
         inputs: The slots of its inputs.
         outputs: The slots of its outputs.
-        steps: The nodes in its place, for the slots that are given or read, and the version of the operator set.
+        steps: The nodes in its place.
+        fits: Whether a node can be taken apart; one that cannot stays as it is.
     """
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    steps: Callable[[Set[str], int], list[Step]]
+    steps: Steps
+    fits: Callable[[ir.Node], bool] = lambda node: True
 
 
 _NORM_OUTPUTS = ("output", "mean", "inv_std", "sum")
 _EPSILON = 1e-12
-"""What all these operators take where no epsilon is given."""
+"""What all fused norms take where no epsilon is given."""
 
 _FORMS = {
     "SkipLayerNormalization": _Form(
@@ -640,6 +701,7 @@ _FORMS = {
         ("output", "mask_index", "sum"),
         _embed_steps,
     ),
+    "FusedMatMul": _Form(("A", "B"), ("output",), _product_steps, _is_plain_product),
 }
 
 
@@ -648,7 +710,7 @@ def _unfuse(graph: ir.Graph, opset: int, names: _Names, done: Normalised) -> Non
     for position, node in enumerate(list(graph)):
         form = _FORMS.get(node.op_type) if node.domain == _MICROSOFT else None
         nodes = [node]
-        if form is not None:
+        if form is not None and form.fits(node):
             fusion = _fusion(node, form, made, opset)
             unmade = _read_slots(node, form) - {step.output for step in fusion.steps}
             if unmade:
@@ -672,7 +734,7 @@ def _fusion(node: ir.Node, form: _Form, made: Mapping[ir.Value, int], opset: int
         inputs = inputs if first >= second else ("skip", "branch", *inputs[2:])
     given = {slot for slot, value in zip(inputs, node.inputs, strict=False) if value is not None}
     attributes = tuple(attr for name, attr in node.attributes.items() if name != "epsilon")
-    steps = tuple(form.steps(given | _read_slots(node, form), opset))
+    steps = tuple(form.steps(node, given | _read_slots(node, form), opset))
     return Fusion(node.op_type, inputs, form.outputs, len(node.outputs), attributes, steps)
 
 
@@ -684,13 +746,14 @@ def _take_apart(fused: ir.Node, fusion: Fusion, key: str, names: _Names) -> list
     epsilon = _attributes(epsilon=fused.attributes.get_float("epsilon", _EPSILON))
     nodes = []
     for step in fusion.steps:
-        is_norm = step.output == "output"
+        is_last = step.output == "output"
+        is_norm = is_last and step.op_type.endswith("Normalization")
         node = ir.Node(
             "",
             step.op_type,
             [slots[slot] for slot in step.inputs],
             {**step.attributes, **(epsilon if is_norm else {})},
-            name=fused.name if is_norm else names.fresh(f"{fused.name or fused.op_type}/{step.output}"),
+            name=fused.name if is_last else names.fresh(f"{fused.name or fused.op_type}/{step.output}"),
             doc_string=fused.doc_string,
             metadata_props={**fused.metadata_props, FUSED: f"{key}:{step.output}"},
         )
@@ -716,10 +779,10 @@ def _fuse(graph: ir.Graph, fusions: Mapping[str, Fusion]) -> None:
         fusion = fusions.get(key.partition(".")[0])
         if fusion is None or slot != "output":
             continue
-        for norm in nodes:
+        for last in nodes:
             match = _Match(fusion, key, marked)
-            if match.finds(norm):
-                _put_together(graph, norm, match)
+            if match.finds(last):
+                _put_together(graph, last, match)
     if marked:
         graph.sort()  # a reader of the sum may have stood between the sum and the norm
 
@@ -737,12 +800,12 @@ class _Match:
         made = (self.slots[slot] for slot in self.steps)
         return [node for value in made if value is not None and (node := value.producer()) is not None]
 
-    def finds(self, norm: ir.Node) -> bool:
-        """Follow the steps back from a norm."""
-        if not self._binds("output", norm.outputs[0]):
+    def finds(self, last: ir.Node) -> bool:
+        """Follow the steps back from the last one."""
+        if not self._binds("output", last.outputs[0]):
             return False
         for slot in self.steps:
-            if slot not in self.slots and slot in self.fusion.outputs:  # nothing leads there from the norm
+            if slot not in self.slots and slot in self.fusion.outputs:  # nothing leads there from the last one
                 found = self.marked.get(f"{self.key}:{slot}", [])
                 if len(found) != 1 or not self._binds(slot, found[0].outputs[0]):
                     return False
@@ -774,7 +837,7 @@ class _Match:
         )
 
 
-def _put_together(graph: ir.Graph, norm: ir.Node, match: _Match) -> None:
+def _put_together(graph: ir.Graph, last: ir.Node, match: _Match) -> None:
     fusion = match.fusion
     read = [slot if match.is_read(slot) else "" for slot in fusion.outputs]
     inputs = [None if slot in match.steps else match.slots.get(slot) for slot in fusion.inputs]
@@ -782,17 +845,17 @@ def _put_together(graph: ir.Graph, norm: ir.Node, match: _Match) -> None:
         _MICROSOFT,
         fusion.op_type,
         inputs[: _length(inputs)],
-        [*fusion.attributes, norm.attributes["epsilon"]],
+        [*fusion.attributes, *(attr for name, attr in last.attributes.items() if name == "epsilon")],
         num_outputs=max(fusion.declared, _length(read)),
-        name=norm.name,
-        doc_string=norm.doc_string,
-        metadata_props=dict(norm.metadata_props),
+        name=last.name,
+        doc_string=last.doc_string,
+        metadata_props=dict(last.metadata_props),
     )
     for new in fused.outputs:
         new.name = ""
-    last = f"{_name(norm.outputs[0])}/{fusion.outputs[len(fused.outputs) - 1]}"  # without a name it is cut off
-    fused.outputs[-1].name = _unused(graph, last, match.nodes())
-    graph.insert_before(norm, fused)
+    unread = f"{_name(last.outputs[0])}/{fusion.outputs[len(fused.outputs) - 1]}"  # without a name it is cut off
+    fused.outputs[-1].name = _unused(graph, unread, match.nodes())
+    graph.insert_before(last, fused)
     for new, slot in zip(fused.outputs, read, strict=False):
         old = match.slots.get(slot)
         if old is not None:
@@ -807,6 +870,47 @@ def _unused(graph: ir.Graph, name: str, leaving: Iterable[ir.Node]) -> str:
     while name in taken:
         name += "_"
     return name
+
+
+# Transposes in a row
+
+
+def _fold_transposes(graph: ir.Graph) -> None:
+    """Let what a fused product did to an operand be one Transpose with the one before it, as it is elsewhere."""
+    for second in list(graph):
+        value = second.inputs[0] if second.op_type == "Transpose" and FUSED in second.metadata_props else None
+        first = value.producer() if value is not None else None
+        if value is None or first is None or first.op_type != "Transpose" or FUSED in first.metadata_props:
+            continue
+        axes = first.attributes.get_ints("perm", ())
+        if not axes or first.graph is not graph:
+            continue
+        second.metadata_props[FOLDED] = json.dumps([axes, first.name, value.name])
+        then = second.attributes.get_ints("perm", ())
+        second.attributes["perm"] = ir.AttrInt64s("perm", [axes[i] for i in then])
+        second.replace_input_with(0, first.inputs[0])
+        graph.remove(second)
+        graph.insert_before(first, second)
+        if not _is_read(value):
+            graph.remove(first, safe=True)
+
+
+def _unfold_transposes(graph: ir.Graph) -> None:
+    folded = [node for node in graph if FOLDED in node.metadata_props]
+    names = _Names(graph)
+    for second in folded:
+        axes, name, output = json.loads(second.metadata_props.pop(FOLDED))
+        both = second.attributes.get_ints("perm", ())
+        second.attributes["perm"] = ir.AttrInt64s("perm", [axes.index(i) for i in both])
+        (given,) = second.inputs
+        assert given is not None
+        others = (n for n in given.consumers() if n.op_type == "Transpose" and n is not second and n not in folded)
+        first = next((n for n in others if list(n.attributes.get_ints("perm", ())) == axes), None)
+        if first is None:
+            first = ir.node("Transpose", [given], {"perm": axes}, name=names.fresh(name))
+            first.outputs[0].name = names.fresh(output)
+            graph.insert_before(second, first)
+        second.replace_input_with(0, first.outputs[0])
 
 
 def _length(slots: Sequence[ir.Value | str | None]) -> int:

@@ -428,11 +428,13 @@ def _expand(scene: Scene, node: ir.Node) -> None:
 
 @rule("Tile")
 def _tile(scene: Scene, node: ir.Node) -> None:
-    for mine, other in zip(scene.axes(node.inputs[0]), scene.axes(node.outputs[0]), strict=True):
+    pairs = list(zip(scene.axes(node.inputs[0]), scene.axes(node.outputs[0]), strict=True))
+    if all(mine == ONE or scene.sizes(mine) == scene.sizes(other) for mine, other in pairs):  # one entry, spread out
+        return _expand(scene, node)
+    for mine, other in pairs:
         times = tuple(o // m for o, m in zip(scene.sizes(other), scene.sizes(mine), strict=True))
-        repeat = scene.unifier.fresh(times)
-        scene.freeze_axis(repeat, f"a number of repetitions ({node.name})")
-        scene.unify(other, product(repeat, mine))
+        scene.unify(other, product(scene.unifier.fresh(times), mine))
+    return None
 
 
 @rule(

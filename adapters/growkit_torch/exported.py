@@ -273,6 +273,7 @@ class _Naming:
         self.first = shared_names(self.state)
         self.holders: dict[str, str] = {}
         self.frozen: dict[str, str] = {}
+        self.factors = exported.origin.description.factors
         self.is_rotary = exported.origin.is_divided("head_dim")
 
     def graph(self) -> LayerGraph:
@@ -306,12 +307,28 @@ class _Naming:
             own = self.alias(name) if tied else name
             self.holders.setdefault(name, name)
             parameters.append(parameter.model_copy(update={"name": own, "tied_to": tied}))
-        return layer.model_copy(update={"parameters": tuple(parameters), "attributes": self.attributes(layer)})
+        return layer.model_copy(update={"parameters": tuple(parameters), "attributes": self.attributes(layer, stack)})
 
-    def attributes(self, layer: Layer) -> dict[str, Any]:
-        """A file scales by the numbers in it, a module by what it computes from its sizes."""
+    def attributes(self, layer: Layer, stack: Stack | None) -> dict[str, Any]:
+        """A file scales by the numbers in it, a module by what it computes from its sizes.
+
+        A number that is a power of a size is taken for computed; any other stays what it is.
+        """
         attributes = {key: value for key, value in layer.attributes.items() if key != "scale"}
-        return attributes | ({"rope": True} if layer.kind == "attention" and self.is_rotary else {})
+        factor = self.factors.get(f"{stack.name if stack is not None else ''}/{layer.name}", 1.0)
+        if layer.kind == "attention":
+            attributes |= self.scale(factor) | ({"rope": True} if self.is_rotary else {})
+        elif factor is not None and (power := _power(factor, self.exported.graph.sizes.get("hidden"), (0.5, -0.5, -1))):
+            attributes["hidden_power"] = power
+        return attributes
+
+    def scale(self, factor: float | None) -> dict[str, str]:
+        """What the module divides its scores by, as attributes."""
+        if factor is None:
+            self.frozen["head_dim"] = "the module multiplies its attention scores by several numbers"
+            return {}
+        power = _power(factor, self.exported.graph.sizes.get("head_dim"), (-0.5, -1))
+        return {-0.5: {}, -1: {"scale": "head_dim"}}.get(power, {"scale": "none"})
 
     def name(self, name: str, stack: Stack | None) -> str | None:
         """The first name that the module has for a parameter; None for what it makes by itself.
@@ -339,6 +356,12 @@ class _Naming:
             alias += "'"
         self.holders[alias] = name
         return alias
+
+
+def _power(number: float, size: int | None, powers: Sequence[float]) -> float:
+    """The power of a size that a number is, as exactly as a file tells it; 0 where it is none of them."""
+    found = (power for power in powers if size and math.isclose(number, size**power, rel_tol=1e-5))
+    return next(found, 0.0) if number != 1 else 0.0
 
 
 def _with_own_epsilons(graph: LayerGraph, module: Any) -> LayerGraph:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from math import ceil, sqrt
+from math import ceil
 from typing import Any, Literal
 
 import numpy as np
@@ -94,9 +94,12 @@ class SpaceGrowth:
 
     @property
     def score_gain(self) -> float:
-        """What wider heads must multiply a score by: the model divides it by the root of head_dim, or by nothing."""
-        kinds = [layer for _, layer in self.graph.walk() if layer.kind == "attention"]
-        return sqrt(self.ratio) if any(layer.attributes.get("scale") != "none" for layer in kinds) else 1.0
+        """What wider heads must multiply a score by: the model multiplies it by a power of head_dim, or by nothing.
+
+        Where layers differ, those that divide most are made up for, and the verdict tells that others change.
+        """
+        powers = [layer.score_power for _, layer in self.graph.walk() if layer.kind == "attention"]
+        return float(self.ratio ** -min(powers, default=0.0))
 
 
 def unused(growth: SpaceGrowth) -> Expansion:

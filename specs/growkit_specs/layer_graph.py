@@ -116,7 +116,8 @@ class Layer(Spec):
             ``offset`` (what a norm adds to its stored scale), ``hidden_power`` (the power of the size of ``hidden``
             that multiplies what the layer writes into it, or reads of it), ``activation``,
             ``output_activation`` (what the output goes through before it is written), ``bends`` (what the block passes
-            the stream itself through), ``rope``, ``causal``, ...
+            the stream itself through), ``scale`` (what scores are divided by: ``none``, ``head_dim``, or its root where
+            nothing is said), ``rope``, ``causal``, ...
     """
 
     name: str
@@ -127,6 +128,11 @@ class Layer(Spec):
     added_through: str | None = None
     parameters: tuple[Parameter, ...] = ()
     attributes: dict[str, Scalar] = Field(default_factory=dict)
+
+    @property
+    def score_power(self) -> float:
+        """The power of the size of ``head_dim`` that multiplies the scores of an attention."""
+        return {"none": 0.0, "head_dim": -1.0}.get(str(self.attributes.get("scale")), -0.5)
 
     @property
     def is_post_norm(self) -> bool:

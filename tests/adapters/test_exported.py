@@ -303,6 +303,71 @@ def test_an_epsilon_that_is_an_attribute_follows() -> None:
     assert epsilons == pytest.approx([1e-5 * 24 / 36] * 5, rel=1e-12)
 
 
+# --- numbers -----------------------------------------------------------------------------------------------------
+
+
+class NumbersBlock(NanoBlock):
+    """Attention that multiplies queries, keys and scores by what it is given."""
+
+    def __init__(self, sizes: Sizes, q: float, k: float, scores: float) -> None:
+        super().__init__(sizes)
+        self.numbers = q, k, scores
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, length, _ = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, self.head_dim).unbind(2)
+        by_q, by_k, by_scores = self.numbers
+        weights = (torch.einsum("blhd,bmhd->bhlm", q * by_q, k / by_k) * by_scores).softmax(-1)
+        x = x + torch.einsum("bhlm,bmhd,hdo->blo", weights, v, self.out)
+        return x + self.down(functional.gelu(self.up(self.norm2(x))))
+
+
+SCORES: Mapping[str, Callable[[int], tuple[float, float, float]]] = {
+    "nothing": lambda head_dim: (1, 1, 1),
+    "a number": lambda head_dim: (1, 1, 0.3),
+    "the root, in two halves": lambda head_dim: (head_dim**-0.25, head_dim**0.25, 1),
+    "numbers that leave nothing": lambda head_dim: (0.5, 0.5, 1),
+    "head_dim itself": lambda head_dim: (1, head_dim**0.5, head_dim**-0.5),
+}
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_what_scores_are_divided_by_is_read_from_the_graph(name: str) -> None:
+    def maker(sizes: Sizes, depth: int) -> nn.Module:
+        module = Nano(sizes, depth)
+        numbers = SCORES[name](sizes["head_dim"])
+        module.blocks = nn.ModuleList(NumbersBlock(sizes, *numbers) for _ in range(depth))
+        return module
+
+    keeps_its_function(read(made(maker), TOKENS, maker), hidden=24, head_dim=10)
+
+
+class Rooted(Nano):
+    """What people write since the first transformer: a table times the root of the width; a head that takes it back."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        root = self.tokens.embedding_dim**0.5
+        x = self.tokens(tokens) * root + self.positions(torch.arange(tokens.shape[1]))
+        for block in self.blocks:
+            x = block(x)
+        return functional.linear(self.norm(x) / root, self.tokens.weight)
+
+
+def test_a_table_that_is_multiplied_by_the_root_of_the_width_grows() -> None:
+    model = read(made(Rooted), TOKENS, Rooted)
+    powers = {p.name: layer.attributes.get("hidden_power") for _, layer in model.graph.walk() for p in layer.parameters}
+    assert (powers["tokens.weight"], powers["positions.weight"]) == (0.5, None)
+    assert model.graph.head[-1].attributes["hidden_power"] == -0.5
+    keeps_its_function(model, hidden="1.5x")
+
+
+def keeps_its_function(model: growkit.Model, **request: Any) -> None:
+    """The verdict says so, and what ``build`` makes of it shows it."""
+    plan = growkit.plan(model, **request)
+    assert plan.preserving, plan.verdict.broken
+    assert growkit.verify(model, growkit.grow(model, plan)).max_rel_diff <= DIFFERENCE
+
+
 # --- refusals ----------------------------------------------------------------------------------------------------
 
 

@@ -40,7 +40,7 @@ class Blueprint:
         biased: Whether they add a bias.
         qkv: "separate" weights, or one that is cut by "Split", "Slice", "unbind" (into 3 by heads) or "headwise".
         attention: "" for no attention, "spelled", "Einsum", or a fused operator.
-        repeat: How keys and values are repeated for their group.
+        repeat: How keys and values are repeated for their group, each by itself; "heads" repeats all of them in turn.
         scale: Where scores are scaled.
         mask: "", "causal", or "input".
         mlp: "plain", "gated", or "Split" and "Slice" for a gated one whose two projections have one weight.
@@ -147,7 +147,7 @@ def blueprints() -> st.SearchStrategy[Blueprint]:
         biased=st.booleans(),
         qkv=st.sampled_from(["separate", "Split", "Slice", "unbind", "headwise"]),
         attention=st.sampled_from(["spelled", "spelled", "Einsum", "MultiHeadAttention", "Attention", ""]),
-        repeat=st.sampled_from(["Expand", "Tile"]),
+        repeat=st.sampled_from(["Expand", "Tile", "heads"]),
         scale=st.sampled_from(["scores", "query", "Div", ""]),
         mask=st.sampled_from(["", "causal", "input"]),
         mlp=st.sampled_from(["plain", "gated", "Split", "Slice"]),
@@ -302,6 +302,8 @@ class _Drawing:
         chosen = self.is_
         if chosen.group == 1:
             return value
+        if chosen.repeat == "heads":
+            return self.node("Tile", value, self.integer([1, chosen.group, 1, 1]))
         value = self.node("Unsqueeze", value, self.integer([2]))
         value = self.node(chosen.repeat, value, self.integer([1, 1, chosen.group, 1, 1]))
         return self.shaped(value, 0, chosen.heads * chosen.group, -1, chosen.head_dim)

@@ -3,6 +3,7 @@
 import numpy as np
 import onnx
 import onnxruntime
+import pytest
 from hypothesis import Phase, event, example, given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
@@ -95,6 +96,17 @@ def test_growth_keeps_the_function_or_is_refused(blueprint: Blueprint, growth: d
         assert after[name] == before[name] * float(factor.removesuffix("x"))
     if plan.preserving and blueprint.unknown != "custom":
         assert_same_function(blueprint, proto, result)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("repeat", ["Expand", "Tile", "heads"])
+def test_groups_of_queries_grow_however_their_keys_are_repeated(repeat: str, kv_heads: int) -> None:
+    blueprint = Blueprint(heads=kv_heads, group=2, repeat=repeat)
+    model = growkit.read(blueprint.model())
+    for asked in ({"heads": 8 * kv_heads}, {"kv_heads": 4} if kv_heads > 1 else {"head_dim": 6}):
+        plan = growkit.plan(model, **asked)
+        assert plan.preserving
+        assert_same_function(blueprint, blueprint.model(), growkit.grow(model, plan).to_onnx())
 
 
 @settings(max_examples=FEWER, phases=PHASES)
