@@ -56,6 +56,11 @@ class Draft:
     attributes: dict[str, Scalar] = field(default_factory=dict)
     factor: float | None = 1.0
 
+    def is_like(self, other: Draft) -> bool:
+        """Whether slots of both can be one layer's."""
+        mine, its = ((d.name, d.kind, d.attributes, d.through, d.added_through, d.factor) for d in (self, other))
+        return mine == its
+
 
 def components(facts: Facts, nodes: Sequence[ir.Node]) -> list[list[ir.Node]]:
     """The operators that stored weights feed, and what is between them, apart from the stream and its norms."""

@@ -262,23 +262,24 @@ class _Assembly:
     # --- tables, and maps to the vocabulary --------------------------------------------------------------------------
 
     def _gather_embeddings(self) -> None:
-        """All that is added up before a stack is one layer; a table that a stack reads from beside is called so."""
-        gathered: dict[str, list[Draft]] = {}
-        for draft in self.outside:
+        """All that is added up before a stack is one layer, apart from tables that are multiplied by other numbers.
+
+        A table that a stack reads from beside is called so.
+        """
+        gathered: list[Draft] = []
+        for draft in list(self.outside):
             made = [self.facts.readers[slot.stored].outputs[0] for slot in draft.slots]
             if draft.name == "embedding":
-                name = "decoder_embedding" if self._stack_above(made, "decoder") else "embedding"
-                gathered.setdefault(name, []).append(draft)
+                draft.name = "decoder_embedding" if self._stack_above(made, "decoder") else "embedding"
+                if (first := next((each for each in gathered if each.is_like(draft)), None)) is None:
+                    gathered.append(draft)
+                    continue
+                first.slots += draft.slots
+                number(first.slots)
+                self.outside.remove(draft)
             elif draft.slots and all(slot.module.startswith("relative") for slot in draft.slots):
                 named = next((name for name in ("encoder", "decoder") if self._stack_beside(made, name)), "")
                 draft.name = f"{named}_positions" if named else "positions"
-        for name, (first, *others) in gathered.items():
-            first.name = name
-            for draft in others:
-                if (draft.attributes, draft.added_through) == (first.attributes, first.added_through):
-                    first.slots += draft.slots
-                    self.outside.remove(draft)
-            number(first.slots)
 
     def _stack_above(self, made: Sequence[ir.Value], name: str) -> bool:
         """Whether a stack's stream begins with any of these values."""
@@ -376,8 +377,11 @@ class _Assembly:
     def _frozen(self, name: str) -> str | None:
         if (why := self.names.frozen(name)) is not None:
             return why
+        if name == "head_dim" and self.names.is_divided(name):
+            return "rotary positions turn its entries in pairs"
         if self.names.kinds[name] == "fixed":
-            return "the file's inputs and outputs have that size"
+            is_output = any(port.space == name for port in self._outputs())
+            return "an output has its size" if is_output else "it counts a table's rows, which are looked up by number"
         return None
 
     # --- layers ------------------------------------------------------------------------------------------------------

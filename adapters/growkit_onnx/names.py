@@ -84,6 +84,10 @@ class Names:
         """The factors that are called ``name``."""
         return (factors for factors, each in self._named.items() if each == name)
 
+    def is_divided(self, name: str) -> bool:
+        """Whether the entries of a space are taken apart somewhere, like those that rotary positions turn in pairs."""
+        return any(len(factors) > 1 or not isinstance(factors[0], Leaf) for factors in self.leaves(name))
+
     def frozen(self, name: str) -> str | None:
         """Why the space cannot grow; None where it can."""
         reasons = (self.scene.unifier.frozen(product(*factors)) for factors in self.leaves(name))

@@ -96,13 +96,11 @@ class Normalised:
             adds uses of such a tensor may add theirs.
         fusions: What was taken apart, by the number in the marks of its nodes.
         inputs: The graph's inputs in order, those that are initializers among them.
-        obstacles: Nodes whose inside stays unknown, each with the reason.
     """
 
     ties: dict[str, str] = field(default_factory=dict)
     fusions: dict[str, Fusion] = field(default_factory=dict)
     inputs: tuple[str, ...] = ()
-    obstacles: list[tuple[ir.Node, str]] = field(default_factory=list)
 
 
 def normalise(model: ir.Model) -> Normalised:
@@ -133,11 +131,6 @@ def normalise(model: ir.Model) -> Normalised:
     _fold_transposes(graph)
     _copy_shared(graph, names, done)
     _drop_unused(graph)
-    done.obstacles += [
-        (node, f"{node.op_type} holds a graph of its own")
-        for node in graph
-        if any(attr.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attr in node.attributes.values())
-    ]
     return done
 
 
@@ -440,19 +433,21 @@ def _entries(value: ir.Value | None) -> np.ndarray | None:
 
 def _drop_passing(graph: ir.Graph, done: Normalised) -> None:
     for node in list(graph):
-        if node.op_type == "Dropout" and node.domain == "" and not _is_idle(node):
-            done.obstacles.append((node, "Dropout is in training mode, or its mask is read"))
-        elif _only_passes(node) and _pass_on(graph, node, done):
+        if _only_passes(node) and _pass_on(graph, node, done):
             _remove(graph, [node])
 
 
 def _only_passes(node: ir.Node) -> bool:
-    """Whether a node gives what it gets: a Concat of one value does."""
-    alone = node.op_type == "Concat" and len(node.inputs) == 1
-    return node.domain == "" and (alone or node.op_type in ("Identity", "Dropout"))
+    """Whether a node gives what it gets: a Concat of one value does, and a Dropout outside of training."""
+    if node.domain or node.op_type not in ("Identity", "Concat", "Dropout"):
+        return False
+    if node.op_type == "Concat":
+        return len(node.inputs) == 1
+    return node.op_type == "Identity" or _is_idle(node)
 
 
 def _is_idle(dropout: ir.Node) -> bool:
+    """Whether a Dropout is not in training, and its mask is not read."""
     training = dropout.inputs[2] if len(dropout.inputs) > 2 else None
     switch = None if training is None else ir.convenience.get_const_tensor(training)
     idle = training is None or (switch is not None and not switch.numpy().any())
@@ -712,10 +707,7 @@ def _unfuse(graph: ir.Graph, opset: int, names: _Names, done: Normalised) -> Non
         nodes = [node]
         if form is not None and form.fits(node):
             fusion = _fusion(node, form, made, opset)
-            unmade = _read_slots(node, form) - {step.output for step in fusion.steps}
-            if unmade:
-                done.obstacles.append((node, f"{node.op_type} has its output {min(unmade)} read"))
-            else:
+            if _read_slots(node, form) <= {step.output for step in fusion.steps}:
                 key = str(len(done.fusions))
                 done.fusions[key] = fusion
                 nodes = _take_apart(node, fusion, key, names)

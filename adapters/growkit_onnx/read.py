@@ -26,7 +26,6 @@ from growkit_onnx.surgery import Surgery
 from growkit_onnx.tails import insert_reads
 from growkit_onnx.trial import Trial, trial
 from growkit_specs import InvalidModel, InvalidTarget, LayerGraph, Recipe, Signature, UnsupportedModel
-from growkit_specs.layout import Leaf
 from growkit_specs.recipe import CachePolicy, OutputPolicy
 
 OPERATOR = ".growkit_operator.safetensors"
@@ -91,12 +90,6 @@ class Origin:
         """What the model calls the initializer that holds a tensor."""
         name = str(self.description.stored[tensor][0].name)
         return self.normalised.ties.get(name, name)
-
-    def is_divided(self, space: str) -> bool:
-        """Whether the entries of a space are taken apart somewhere, like those that rotary positions turn in pairs."""
-        return any(
-            len(factors) > 1 or not isinstance(factors[0], Leaf) for factors in self.description.names.leaves(space)
-        )
 
     @property
     def is_external(self) -> bool:

@@ -274,7 +274,7 @@ class _Naming:
         self.holders: dict[str, str] = {}
         self.frozen: dict[str, str] = {}
         self.factors = exported.origin.description.factors
-        self.is_rotary = exported.origin.is_divided("head_dim")
+        self.is_rotary = exported.origin.description.names.is_divided("head_dim")
 
     def graph(self) -> LayerGraph:
         told = self.exported.graph
