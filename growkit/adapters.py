@@ -13,7 +13,7 @@ from growkit.example import Build, Example
 from growkit.matrices import Array
 from growkit.model import Model
 from growkit.operator import GrowthOperator
-from growkit_specs import GrowkitError, LayerGraph, Signature, UnsupportedModel
+from growkit_specs import GrowkitError, LayerGraph, Signature, UnsupportedFormat, UnsupportedModel
 
 Forward = Callable[..., Mapping[str, Array]]
 """Runs a model: ``forward(inputs, weights=None)`` gives its outputs by name, differentiable in ``weights``.
@@ -169,6 +169,7 @@ def write(
     """
     path = Path(destination)
     refuse_existing(path)
+    refuse_misnamed(path, model.adapter)
     model.adapter.write(model, model.origin, path, progress, check)
 
 
@@ -182,3 +183,15 @@ def refuse_existing(path: Path) -> None:
         raise GrowkitError(f"{path} exists; growkit overwrites nothing; remove it or name another destination")
     if not path.absolute().parent.is_dir():
         raise GrowkitError(f"{path.absolute().parent} is no directory; make it first")
+
+
+def refuse_misnamed(path: Path, adapter: Adapter) -> None:
+    """Refuse a destination whose name is not that of what the adapter writes.
+
+    Raises:
+        UnsupportedFormat: Saying how it should end.
+    """
+    if adapter.suffix and path.suffix != adapter.suffix:
+        raise UnsupportedFormat(
+            f"{path}: growkit writes what it read, here {adapter.name}; give it a name that ends with {adapter.suffix}"
+        )

@@ -200,10 +200,11 @@ def grow(
 ) -> None:
     """Grow a model and write the larger one."""
     import growkit
-    from growkit.adapters import refuse_existing
+    from growkit.adapters import refuse_existing, refuse_misnamed
 
     refuse_existing(out)
     source = growkit.read(model)
+    refuse_misnamed(out, source.adapter)
     signature = {"outputs": outputs, "kv_cache": kv_cache}
     if operator is not None:
         if to or like or layers_from:

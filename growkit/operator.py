@@ -39,7 +39,7 @@ from growkit.matrices import (
     to_state,
 )
 from growkit_specs import Axis, Concatenation, Fixed, GrowkitError, InvalidTarget, Layer, Leaf, Product, Tensor
-from growkit_specs.layer_graph import norm_key
+from growkit_specs.layer_graph import norm_key, slot_key
 from growkit_specs.layout import product, spaces_of
 
 Side = Literal["write", "read", "seen"]
@@ -414,7 +414,7 @@ class GrowthOperator:
         W = source(target.key, layer)
         if not self._needs_fold(target):
             return W
-        scale = source(f"{target.stack or ''}/{target.owner.name}/layer_scale", layer)
+        scale = source(slot_key(target.stack, target.owner.name, "layer_scale"), layer)
         return W * _along(scale, self._write_axis(target), W)
 
     def _write_axis(self, target: Tensor) -> int:

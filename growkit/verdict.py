@@ -17,7 +17,7 @@ from growkit import norms
 from growkit.matrices import Matrix
 from growkit.operator import Expansion, GrowthOperator
 from growkit_specs import Layer, LayerGraph, Stack, Tensor, parse_layout
-from growkit_specs.layer_graph import norm_key
+from growkit_specs.layer_graph import norm_key, slot_key
 
 _PROBES = 4
 _TOLERANCE = 1e-9
@@ -379,7 +379,7 @@ class _Examination:
         writers = set(self.graph.writer_keys(stack))
         silent = np.ones(self.operator.depth(stack.name)[0], dtype=bool)
         for layer in stack.layers:
-            written = {f"{stack.name}/{layer.name}/{p.slot}": p for p in layer.parameters}
+            written = {slot_key(stack, layer.name, p.slot): p for p in layer.parameters}
             written = {key: p for key, p in written.items() if key in writers}
             if written:
                 inner = {space for p in written.values() for space in p.parsed.read_spaces()}

@@ -17,12 +17,10 @@ from typing import Any
 
 import onnx_ir as ir
 
+from growkit_onnx.rules import MEASURES
 from growkit_specs import GrowkitError
 
 FUSED = "growkit.fused"  # the metadata key of what was one node; a copy carries the same mark
-
-# What these give says how large a value is, not what it holds: the stream doesn't flow through them.
-_MEASURES = frozenset({"Shape", "Size"})
 
 # Their inputs may come in any order.
 _COMMUTATIVE = frozenset({"Add", "Mul"})
@@ -141,7 +139,7 @@ def _sources(graph: ir.Graph, nodes: Sequence[ir.Node], carries: Callable[[ir.Va
         if live.isdisjoint(node.inputs):
             continue
         live.update(node.outputs)
-        if node.op_type in _MEASURES:
+        if node.op_type in MEASURES:
             continue
         if downstream.isdisjoint(node.inputs):
             sources.extend(begun := [value for value in node.outputs if carries(value)])
@@ -166,7 +164,7 @@ def _dominators(nodes: Sequence[ir.Node], source: ir.Value) -> dict[ir.Value, ir
 
     for node in nodes:
         reads = [value for value in node.inputs if value is not None and value in above]
-        if not reads or node.op_type in _MEASURES:
+        if not reads or node.op_type in MEASURES:
             continue
         last = reads[0]
         for value in reads[1:]:
@@ -233,7 +231,7 @@ def _parts(nodes: Sequence[ir.Node], cuts: Sequence[ir.Value]) -> list[_Part]:
         owners[stem] = -1  # what leads up to the first cut belongs to none of the parts
     flow = {cuts[0]}
     for node in nodes:
-        if not flow.isdisjoint(node.inputs) and node.op_type not in _MEASURES:
+        if not flow.isdisjoint(node.inputs) and node.op_type not in MEASURES:
             flow.update(node.outputs)
     for index, (entry, exit) in enumerate(pairwise(cuts)):
         owners.update(dict.fromkeys(_between(entry, exit, flow), index))
@@ -256,7 +254,7 @@ def _gauges(nodes: Sequence[ir.Node]) -> set[ir.Node]:
     for node in reversed(nodes):
         users = [use.node for value in node.outputs for use in value.uses()]
         shown = any(value.is_graph_output() for value in node.outputs)
-        if node.op_type in _MEASURES or (users and not shown and gauges.issuperset(users)):
+        if node.op_type in MEASURES or (users and not shown and gauges.issuperset(users)):
             gauges.add(node)
     return gauges
 
@@ -285,7 +283,7 @@ def _told(part: _Part) -> dict[ir.Value, Hashable]:
         for value in node.inputs:
             if value is not None and value not in told and (word := _word(value)) and part.owns(value):
                 told[value] = word
-        if node.op_type not in _MEASURES and any(value in told for value in node.inputs if value is not None):
+        if node.op_type not in MEASURES and any(value in told for value in node.inputs if value is not None):
             told.update((value, None) for value in node.outputs if value not in told)
     return told
 
@@ -499,7 +497,7 @@ def _with_outputs(nodes: Sequence[ir.Node], parts: Sequence[_Part]) -> tuple[lis
         homes.update((value, index) for node in part.nodes for value in node.outputs)
     for node in nodes:
         reads = {homes[value] for value in node.inputs if value is not None and value in homes}
-        if reads and node.op_type not in _MEASURES:
+        if reads and node.op_type not in MEASURES:
             home = reads.pop() if len(reads) == 1 else None
             for value in node.outputs:
                 homes.setdefault(value, home)

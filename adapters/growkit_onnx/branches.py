@@ -17,7 +17,7 @@ from growkit_onnx.facts import Facts
 from growkit_onnx.infer import Weight
 from growkit_onnx.norms import Norm
 from growkit_onnx.numbers import goes_through, made_of, multiplier
-from growkit_onnx.rules import CONTRIB, NONLINEAR
+from growkit_onnx.rules import CONTRIB, MEASURES, NONLINEAR
 from growkit_specs.layer_graph import LayerKind, Scalar
 from growkit_specs.layout import Axis, product
 from growkit_specs.unification import ONE
@@ -35,11 +35,13 @@ class Slot:
     module: str
     kind: str  # weight, bias, scale, shift, or nothing
     position: int
+    number: int = 1
 
     @property
     def name(self) -> str:
-        """``q_proj.weight``."""
-        return ".".join(filter(None, (self.module, self.kind)))
+        """``q_proj.weight``; ``q_proj_2.weight`` where it is the second one of a layer."""
+        module = self.module if self.number == 1 else f"{self.module}_{self.number}"
+        return ".".join(filter(None, (module, self.kind)))
 
 
 @dataclass
@@ -96,7 +98,8 @@ def _ends_branch(facts: Facts, node: ir.Node, value: ir.Value) -> bool:
     if node in facts.weights_of and node.op_type in ("Add", "Mul"):
         return True
     carrying = [given for given in node.inputs if given is not None and facts.stream.carries(given)]
-    alone = len(carrying) == 1 and len(value.consumers()) == 1
+    users = [user for user in value.consumers() if user.op_type not in MEASURES]
+    alone = len(carrying) == 1 and len(users) == 1
     return alone and not any(facts.weights_of.get(node, ())) and node.op_type in _FINISHING
 
 
@@ -510,8 +513,7 @@ class Branch:
 
 def number(slots: list[Slot]) -> None:
     """Slots of one name are told apart by numbers."""
-    seen: Counter[str] = Counter()
+    seen: Counter[tuple[str, str]] = Counter()
     for slot in sorted(slots, key=lambda slot: slot.position):
-        seen[slot.name] += 1
-        if seen[slot.name] > 1:
-            slot.module = f"{slot.module}_{seen[slot.name]}"
+        seen[slot.module, slot.kind] += 1
+        slot.number = seen[slot.module, slot.kind]

@@ -23,7 +23,7 @@ from growkit_onnx.norms import Norm
 from growkit_onnx.rules import NONLINEAR, READ
 from growkit_onnx.tails import tails
 from growkit_specs import Layer, LayerGraph, Layout, Parameter, Port, Space, Stack
-from growkit_specs.layer_graph import Scalar, SpaceKind
+from growkit_specs.layer_graph import Scalar, SpaceKind, slot_key
 from growkit_specs.layout import Axis, Concatenation, Fixed, Leaf, product, spaces_of
 from growkit_specs.unification import ONE
 
@@ -336,7 +336,7 @@ class _Assembly:
         return False
 
     def _inner_name(self, stack: str | None, draft: Draft, slot: Slot, role: str, axis: Axis) -> tuple[str, SpaceKind]:
-        if slot.module.startswith("word_embeddings") and role == "read":
+        if slot.module == "word_embeddings" and role == "read":
             return "vocab", "fixed"
         if slot.module.startswith("token_type") and role == "read":
             return "token_types", "fixed"
@@ -344,7 +344,7 @@ class _Assembly:
             return "positions", "fixed"
         if slot.module.startswith("relative") and role == "read":
             return "buckets", "fixed"
-        if slot.module.startswith("word_embeddings") and role == "write":
+        if slot.module == "word_embeddings" and role == "write":
             return "embedding", "residual"
         if draft.kind == "mlp" and (stack is not None or not self.stacks):
             return "ffn", "pointwise"
@@ -500,7 +500,7 @@ class _Assembly:
             self.stored[name] = tuple(values)
         else:
             self.stored |= {name.replace("{layer}", str(i)): (value,) for i, value in enumerate(values)}
-        self.slots[f"{stack or ''}/{draft.name}/{slot_name}"] = slot.stored
+        self.slots[slot_key(stack, draft.name, slot_name)] = slot.stored
         dtype = slot.stored.dtype
         assert dtype is not None
         parameter = Parameter(

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from growkit_onnx.operation import as_numpy, data_type, named
-from growkit_onnx.rules import CONTRIB, Axes, rule_of, unknown
+from growkit_onnx.rules import CONTRIB, MEASURES, Axes, rule_of, unknown
 from growkit_specs import InvalidModel, UnsupportedModel
 from growkit_specs.layout import Axis
 from growkit_specs.unification import ONE, Conflict, Sizes, Unifier
@@ -149,7 +149,7 @@ class Scene:
     def is_only_measured(self, value: ir.Value) -> bool:
         """Whether nothing is asked of a value but its size."""
         users = value.consumers()
-        return bool(users) and all(user.op_type in ("Shape", "Size") for user in users)
+        return bool(users) and all(user.op_type in MEASURES for user in users)
 
     def is_weight(self, value: ir.Value | None) -> bool:
         """Whether a value is a stored weight, or one whose entries were only moved."""

@@ -27,6 +27,9 @@ CONTRIB = "com.microsoft"
 READ = "growkit.read"
 """The mark, in an Identity's metadata, of where a stream is read back: behind it everything keeps its size."""
 
+MEASURES = frozenset({"Shape", "Size"})
+"""Operators whose outputs say how large a value is, not what it holds: the stream doesn't flow through them."""
+
 ELEMENTWISE = frozenset(
     [
         "Add",
@@ -450,7 +453,7 @@ def _reduce(scene: Scene, node: ir.Node) -> None:
         scene.unify(mine, other)
 
 
-@rule("Shape", "Size", "Range", "Constant", "ConstantOfShape", "EyeLike")
+@rule(*MEASURES, "Range", "Constant", "ConstantOfShape", "EyeLike")
 def _made(scene: Scene, node: ir.Node) -> None:
     """Made of sizes: its axes are what later operators say."""
 

@@ -12,7 +12,7 @@ from growkit.staging import staged_files
 from growkit_onnx.files import sidecar, write_file
 from growkit_onnx.genai import CONFIG, genai_config
 from growkit_onnx.read import Origin, build, operator_beside, read_model, recipe_beside
-from growkit_specs import Recipe, UnsupportedFormat
+from growkit_specs import Recipe
 
 
 def write_model(
@@ -36,8 +36,6 @@ def write_model(
     Raises:
         GrowkitError: Where it cannot be written; nothing is left behind.
     """
-    if destination.suffix != ".onnx":
-        raise UnsupportedFormat(f"{destination}: what came from an ONNX file is written as one; name a file OUT.onnx")
     texts = _texts(model, like, destination)
     beside = [sidecar(destination).name, operator_beside(destination).name, *texts]
     with staged_files(destination, model.bytes, beside=beside) as folder:

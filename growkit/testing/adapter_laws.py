@@ -19,6 +19,7 @@ from growkit.plan import plan
 from growkit.testing.function_law import Runnable, assert_preserved
 from growkit.testing.law import assert_equal, broken
 from growkit_specs import GrowkitError, InvalidTarget, LayerGraph, Target, Tensor, UnsupportedFormat
+from growkit_specs.layer_graph import slot_key
 
 DOUBLED = ("hidden", "layers", "ffn", "vocab")
 """The sizes that an adapter is tried with at twice their value; hidden takes heads and ffn with it."""
@@ -249,7 +250,7 @@ def _same(a: object, b: object) -> bool:
 def _facts(graph: LayerGraph) -> dict[str, object]:
     """What a graph says of each layer and slot, whatever its tensors are called."""
     slots = {
-        parameter.name: f"{stack.name if stack else ''}/{layer.name}/{parameter.slot}"
+        parameter.name: slot_key(stack, layer.name, parameter.slot)
         for stack, layer in graph.walk()
         for parameter in layer.parameters
     }

@@ -174,7 +174,7 @@ class Stack(Spec):
     def slots(self) -> Iterator[tuple[str, Parameter]]:
         """Every slot's key and parameter."""
         for layer in self.layers:
-            yield from ((f"{self.name}/{layer.name}/{parameter.slot}", parameter) for parameter in layer.parameters)
+            yield from ((slot_key(self, layer.name, parameter.slot), parameter) for parameter in layer.parameters)
 
 
 class Port(Spec):
@@ -234,8 +234,8 @@ class Tensor:
 
     @property
     def key(self) -> str:
-        """The slot's unique name in the model: stack, layer and slot."""
-        return f"{self.stack or ''}/{self.owner.name}/{self.parameter.slot}"
+        """The slot's :func:`slot_key`."""
+        return slot_key(self.stack, self.owner.name, self.parameter.slot)
 
     @property
     def count(self) -> int:
@@ -246,6 +246,11 @@ class Tensor:
 def norm_key(stack: Stack | str | None, name: str | None) -> str:
     """The name of a norm that no other norm of the model has: its stack and its layer's name."""
     return f"{getattr(stack, 'name', stack) or ''}/{name}"
+
+
+def slot_key(stack: Stack | str | None, layer: str, slot: str) -> str:
+    """The name of a slot that no other slot of the model has: its stack, its layer's name, and its own."""
+    return f"{getattr(stack, 'name', stack) or ''}/{layer}/{slot}"
 
 
 class LayerGraph(Spec):
@@ -272,8 +277,10 @@ class LayerGraph(Spec):
     def _consistent(self) -> LayerGraph:
         _refuse_repeats("space", [space.name for space in self.spaces])
         _refuse_repeats("stack", [stack.name for stack in self.stacks])
-        names = [parameter.name for _, layer in self.walk() for parameter in layer.parameters]
+        held = [(stack, layer, parameter) for stack, layer in self.walk() for parameter in layer.parameters]
+        names = [parameter.name for _, _, parameter in held]
         _refuse_repeats("parameter", names)
+        _refuse_repeats("slot", [slot_key(stack, layer.name, parameter.slot) for stack, layer, parameter in held])
         for stack, layer in self.walk():
             for parameter in layer.parameters:
                 parameter.parsed.shape(self.sizes)
@@ -359,7 +366,7 @@ class LayerGraph(Spec):
         """
         residual = {space for space, kind in self.kinds.items() if kind == "residual"}
         return [
-            f"{stack.name}/{layer.name}/{parameter.slot}"
+            slot_key(stack, layer.name, parameter.slot)
             for layer in stack.layers
             for parameter in layer.parameters
             if layer.is_branch_norm or (layer.added_through is None and parameter.parsed.written_spaces() & residual)
@@ -446,7 +453,7 @@ class LayerGraph(Spec):
             return layer.model_copy(
                 update={
                     "parameters": tuple(
-                        p.model_copy(update={"dtype": dtype_of(f"{stack}/{layer.name}/{p.slot}")})
+                        p.model_copy(update={"dtype": dtype_of(slot_key(stack, layer.name, p.slot))})
                         for p in layer.parameters
                     )
                 }

@@ -51,9 +51,10 @@ def test_inspect_reads_like_that_of_a_torch_model(growkit: Growkit, decoder: Pat
     assert kept
     assert all(t["shape"] == stored[t["name"]] for t in kept)
     assert told["bytes"] == 4 * told["parameters"] == 4 * sum(np.prod(t["shape"], dtype=int) for t in told["tensors"])
-    assert set(told["frozen"]) == {"vocab"}
+    assert set(told["frozen"]) == {"head_dim", "vocab"}
     printed = growkit("inspect", decoder).out
-    assert f"cannot grow   vocab: {told['frozen']['vocab']}" in printed
+    for name, why in told["frozen"].items():
+        assert f"{name}: {why}" in printed
     assert "None" not in printed
 
 
@@ -199,7 +200,7 @@ REQUESTS: dict[tuple[str, ...], str] = {
     ("large.onnx", "--kv-cache", "refuse"): "change with kv_heads, the number of layers; leave out kv_cache 'refuse'",
     ("large.onnx", "--dtype", "float16"): "an ONNX file keeps its element types",
     ("large.onnx", "--device", "tpu", "--check"): "the device 'tpu' is not known; expected auto, cpu or cuda",
-    ("large",): "large: what came from an ONNX file is written as one",
+    ("large",): "large: growkit writes what it read, here onnx; give it a name that ends with .onnx",
     ("there.onnx",): "there.onnx exists; growkit overwrites nothing",
     ("known.onnx",): "known.onnx.growkit_operator.safetensors exists; growkit overwrites nothing",
     ("nowhere/large.onnx",): "nowhere is no directory; make it first",

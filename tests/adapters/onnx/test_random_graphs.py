@@ -111,6 +111,7 @@ def test_groups_of_queries_grow_however_their_keys_are_repeated(repeat: str, kv_
 
 @settings(max_examples=FEWER, phases=PHASES)
 @given(blueprint=blueprints())
+@example(Blueprint(layer_scale=True, noise=("transpose", "flatten")))  # shaped as something that is also measured
 def test_growing_nothing_changes_nothing(blueprint: Blueprint) -> None:
     proto = blueprint.model()
     model = read(blueprint, proto)
