@@ -495,7 +495,7 @@ def test_a_module_of_any_kind_is_written_as_an_onnx_file(nano: growkit.Model, tm
 
 def test_an_onnx_file_is_not_written_as_a_directory(nano: growkit.Model, tmp_path: Path) -> None:
     growkit.write(nano, tmp_path / "nano.onnx")
-    with pytest.raises(UnsupportedFormat, match=r"name a file OUT\.onnx"):
+    with pytest.raises(UnsupportedFormat, match=r"a name that ends with \.onnx"):
         growkit.write(growkit.read(tmp_path / "nano.onnx"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
