@@ -23,6 +23,13 @@ two models that compute the same may be apart then, relative to the largest.
 """
 
 
+BareForward = Callable[[Mapping[str, Any], Mapping[str, Any]], Mapping[str, Any]]
+"""Runs a model that holds no weights: ``forward(inputs, weights)`` takes every tensor by name, and gives its outputs.
+
+Everything is torch's, and differentiable in the weights; they are not let go before the next call.
+"""
+
+
 class Adapter(Protocol):
     """Translates models of one framework to and from the layer graph.
 
@@ -84,6 +91,18 @@ class Adapter(Protocol):
 
     def forward(self, model: Model, device: str = "auto") -> Forward:
         """A function that runs the model on ``device``: ``cpu``, ``cuda``, or ``auto`` for a GPU where there is one."""
+
+    def bare(self, model: Model, device: str = "auto", *, checkpointing: bool = False) -> BareForward:
+        """A function of the inputs and of all the weights, for fitting; it takes no memory for weights of its own.
+
+        Args:
+            model: The model; only its graph and origin count.
+            device: As for ``forward``.
+            checkpointing: Whether the blocks of stacks are run again for their gradients, and not kept.
+
+        Raises:
+            GrowkitError: Where it cannot be run so.
+        """
 
     def inputs(self, model: Model, seed: int, forward: Forward) -> Iterator[dict[str, np.ndarray]]:
         """Inputs that exercise the model and that ``forward`` runs it on: plain, padded, and at several sizes."""

@@ -71,6 +71,11 @@ class Matrix(ABC):
         """``(D,)`` booleans: the rows that are not zero throughout."""
 
     @property
+    def multiplications(self) -> int:
+        """Multiplications to apply it to one vector, those by weights of single entries not counted."""
+        return 0
+
+    @property
     def is_identity(self) -> bool:
         """Whether applying it changes nothing."""
         return False
@@ -351,6 +356,8 @@ class Dense(Matrix):
         xp = namespace(x)
         matrix = self.array if namespace(self.array) is xp else xp.asarray(_on_host(self.array), device=x.device)
         matrix = matrix if matrix.dtype == x.dtype else _cast(matrix, x.dtype)
+        if axis == x.ndim - 1:
+            return x @ matrix.mT
         rest = xp.moveaxis(x, axis, 0)
         product = matrix @ rest.reshape(self.shape[1], -1)
         return xp.moveaxis(product.reshape(self.shape[0], *rest.shape[1:]), 0, axis)
@@ -358,6 +365,10 @@ class Dense(Matrix):
     @property
     def mT(self) -> Matrix:
         return Dense(self.array.mT)
+
+    @property
+    def multiplications(self) -> int:
+        return prod(self.shape)
 
     @property
     def support(self) -> np.ndarray:
@@ -384,6 +395,10 @@ class Scaled(Matrix):
     @property
     def mT(self) -> Matrix:
         return Scaled(self.matrix.mT, self.factor)
+
+    @property
+    def multiplications(self) -> int:
+        return self.matrix.multiplications
 
     @property
     def support(self) -> np.ndarray:
@@ -420,6 +435,14 @@ class Kronecker(Matrix):
         return Kronecker(tuple(factor.mT for factor in self.factors))
 
     @property
+    def multiplications(self) -> int:
+        total = 0
+        for i, factor in enumerate(self.factors):  # the factors before it are applied already, those behind it are not
+            done, waiting = self.factors[:i], self.factors[i + 1 :]
+            total += factor.multiplications * prod(f.shape[0] for f in done) * prod(f.shape[1] for f in waiting)
+        return total
+
+    @property
     def support(self) -> np.ndarray:
         rows = np.ones(1, dtype=bool)
         for factor in self.factors:
@@ -449,6 +472,10 @@ class _Segmented(Matrix):
     @property
     def shape(self) -> tuple[int, int]:
         return sum(b.shape[0] for b in self.blocks), sum(b.shape[1] for b in self.blocks)
+
+    @property
+    def multiplications(self) -> int:
+        return sum(block.multiplications for block in self.blocks)
 
     @property
     def is_identity(self) -> bool:
@@ -531,6 +558,71 @@ class Interleaved(_Segmented):
 
 @final
 @dataclass(frozen=True, repr=False)
+class RowBlocks(Matrix):
+    """``[A; B; ...]``: blocks of as many columns, one below the other (LiGO's ``[I; C]``)."""
+
+    kind: ClassVar[str] = "row_blocks"
+    blocks: tuple[Matrix, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return sum(block.shape[0] for block in self.blocks), self.blocks[0].shape[1]
+
+    def apply(self, x: Array, axis: int = 0) -> Array:
+        return namespace(x).concatenate([block.apply(x, axis) for block in self.blocks], axis=axis)
+
+    @property
+    def mT(self) -> Matrix:
+        return ColumnBlocks(tuple(block.mT for block in self.blocks))
+
+    @property
+    def multiplications(self) -> int:
+        return sum(block.multiplications for block in self.blocks)
+
+    @property
+    def support(self) -> np.ndarray:
+        return np.concatenate([block.support for block in self.blocks])
+
+    @property
+    def is_gather(self) -> bool:
+        return all(block.is_gather for block in self.blocks)
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class ColumnBlocks(Matrix):
+    """``[A B ...]``: blocks of as many rows, side by side."""
+
+    kind: ClassVar[str] = "column_blocks"
+    blocks: tuple[Matrix, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.blocks[0].shape[0], sum(block.shape[1] for block in self.blocks)
+
+    def apply(self, x: Array, axis: int = 0) -> Array:
+        lead, total, start = (slice(None),) * axis, None, 0
+        for block in self.blocks:
+            stop = start + block.shape[1]
+            part = block.apply(x[(*lead, slice(start, stop))], axis)
+            total, start = part if total is None else total + part, stop
+        return total
+
+    @property
+    def mT(self) -> Matrix:
+        return RowBlocks(tuple(block.mT for block in self.blocks))
+
+    @property
+    def multiplications(self) -> int:
+        return sum(block.multiplications for block in self.blocks)
+
+    @property
+    def support(self) -> np.ndarray:
+        return np.logical_or.reduce([block.support for block in self.blocks])
+
+
+@final
+@dataclass(frozen=True, repr=False)
 class Composition(Matrix):
     """``left right``: the right matrix is applied first."""
 
@@ -548,6 +640,10 @@ class Composition(Matrix):
     @property
     def mT(self) -> Matrix:
         return Composition(self.right.mT, self.left.mT)
+
+    @property
+    def multiplications(self) -> int:
+        return self.left.multiplications + self.right.multiplications
 
     @property
     def support(self) -> np.ndarray:
@@ -625,7 +721,7 @@ def to_state(matrix: Matrix, arrays: dict[str, np.ndarray], prefix: str) -> Stat
             state |= {"array": keep("array", _on_host(array))}
         case Scaled(inner, factor):
             state |= {"matrix": to_state(inner, arrays, f"{prefix}.matrix"), "factor": factor}
-        case Kronecker(parts) | Concatenation(parts):
+        case Kronecker(parts) | Concatenation(parts) | RowBlocks(parts) | ColumnBlocks(parts):
             state |= {"parts": [to_state(part, arrays, f"{prefix}.{i}") for i, part in enumerate(parts)]}
         case Interleaved(parts, runs):
             parts_state = [to_state(part, arrays, f"{prefix}.{i}") for i, part in enumerate(parts)]
@@ -659,6 +755,10 @@ def from_state(state: State, arrays: dict[str, np.ndarray]) -> Matrix:
         case "interleaved":
             rows, columns = state["runs"]
             return Interleaved(tuple(from_state(part, arrays) for part in state["parts"]), (rows, columns))
+        case "row_blocks":
+            return RowBlocks(tuple(from_state(part, arrays) for part in state["parts"]))
+        case "column_blocks":
+            return ColumnBlocks(tuple(from_state(part, arrays) for part in state["parts"]))
         case "composition":
             return Composition(from_state(state["left"], arrays), from_state(state["right"], arrays))
         case "transpose":

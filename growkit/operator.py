@@ -165,6 +165,9 @@ class GrowthOperator:
         fresh: How fresh entries are drawn.
         residual: Explicit entries of ``Z``, by the target tensor's name, as arrays or as matrices; they replace the
             fresh ones.
+        start: What this operator was learned from; fresh entries are drawn as it draws them. None where nothing was
+            learned.
+        weights: Source tensors by name that were learned along; they replace the source's own.
     """
 
     expansions: Mapping[str, Expansion]
@@ -173,6 +176,8 @@ class GrowthOperator:
     untied: tuple[str, ...] = ()
     fresh: Fresh = Fresh()
     residual: Mapping[str, Array | Matrix] = field(default_factory=dict)
+    start: GrowthOperator | None = None
+    weights: Mapping[str, Array] = field(default_factory=dict)
 
     # --- the equation ----------------------------------------------------------------------------------------------
 
@@ -188,7 +193,7 @@ class GrowthOperator:
         """
         terms = self.terms(target)
         blended = [self.blended(target, source, term) for term in terms]
-        Z = self.residual_of(target, blended[0])
+        Z = self.residual_for(target, source, blended[0])
         in_place = isinstance(Z, np.ndarray) and target.name not in self.residual  # large tensors, held once less
         for W, term in zip(blended, terms, strict=True):
             widened = self.widened(target, W, source, term)
@@ -233,11 +238,23 @@ class GrowthOperator:
         layout = target.parameter.parsed
         for axis, role in enumerate(layout.roles):
             W = self._scaled(target, W) if role == "scale" else self.axis_matrix(target, axis, term=term).apply(W, axis)
-        if self._needs_fold(target):  # the writer's rows were folded with the layer scale; divide the grown one out
+        if self.is_folded(target):  # the writer's rows were folded with the layer scale; divide the grown one out
             scale = self._layer_scale(target, source)
             # Where the scale is zero so is the folded row, and any row would do.
             W = W / _along(scale + (scale == 0), self._write_axis(target), W)
         return W
+
+    def residual_for(self, target: Tensor, source: Source, W: Array | None = None) -> Array | None:
+        """``Z`` of a tensor: as :meth:`residual_of` says, of what this operator was learned from where it was learned.
+
+        Args:
+            target: The tensor.
+            source: Gives the source's tensors.
+            W: The blend of its first term, where that is known.
+        """
+        if self.start is not None and target.name not in self.residual:
+            return self.start.residual_for(target, source)
+        return self.residual_of(target, self.blended(target, source, self.terms(target)[0]) if W is None else W)
 
     def residual_of(self, target: Tensor, W: Array) -> Array | None:
         """``Z``: fresh entries where the function does not see them, in the scale of ``W``; None where there are none.
@@ -402,7 +419,7 @@ class GrowthOperator:
             factor *= expansion.rewrite
         return norms.grown_scale(expansion, W, fill, factor, offset=_offset(target))
 
-    def _needs_fold(self, target: Tensor) -> bool:
+    def is_folded(self, target: Tensor) -> bool:
         """Whether a layer scale multiplies what this tensor writes, by a matrix that mixes channels."""
         scale = target.owner.parameter("layer_scale")
         if scale is None or scale is target.parameter:
@@ -412,7 +429,7 @@ class GrowthOperator:
 
     def _folded(self, target: Tensor, source: Source, layer: int | None) -> Array:
         W = source(target.key, layer)
-        if not self._needs_fold(target):
+        if not self.is_folded(target):
             return W
         scale = source(slot_key(target.stack, target.owner.name, "layer_scale"), layer)
         return W * _along(scale, self._write_axis(target), W)
@@ -437,40 +454,46 @@ class GrowthOperator:
         from safetensors.numpy import save
 
         arrays: dict[str, np.ndarray] = {}
+        structure = {"format": OPERATOR_FORMAT, **self._structure(arrays)}
+        contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        Path(path).write_bytes(save(contiguous, metadata={"growkit_operator": json.dumps(structure)}))
+
+    def _structure(self, arrays: dict[str, np.ndarray], prefix: str = "") -> dict[str, Any]:
+        """The operator as plain data; its arrays go into ``arrays`` under names that start with ``prefix``."""
         expansions = {
             key: {
-                "write": to_state(e.write, arrays, f"{key}.write"),
-                "read": to_state(e.read, arrays, f"{key}.read"),
-                "seen": to_state(e.seen, arrays, f"{key}.seen"),
+                "write": to_state(e.write, arrays, f"{prefix}{key}.write"),
+                "read": to_state(e.read, arrays, f"{prefix}{key}.read"),
+                "seen": to_state(e.seen, arrays, f"{prefix}{key}.seen"),
                 "gain": e.gain,
                 "variance": e.variance,
                 "fresh": e.fresh,
                 "terms": [
-                    [to_state(B, arrays, f"{key}.{r}.write"), to_state(A, arrays, f"{key}.{r}.read")]
+                    [to_state(B, arrays, f"{prefix}{key}.{r}.write"), to_state(A, arrays, f"{prefix}{key}.{r}.read")]
                     for r, (B, A) in enumerate(e.terms)
                 ],
             }
             for key, e in self.expansions.items()
         }
-        arrays |= {f"blend.{key}": np.asarray(w) for key, w in self.blend.items()}
+        arrays |= {f"{prefix}blend.{key}": np.asarray(w) for key, w in self.blend.items()}
+        arrays |= {f"{prefix}weights.{name}": np.asarray(array) for name, array in self.weights.items()}
         residual: dict[str, dict[str, Any] | None] = {}
         for name, Z in self.residual.items():
             if isinstance(Z, Matrix):
-                residual[name] = to_state(Z, arrays, f"residual.{name}")
+                residual[name] = to_state(Z, arrays, f"{prefix}residual.{name}")
             else:
                 residual[name] = None
-                arrays[f"residual.{name}"] = np.asarray(Z)
-        structure = {
-            "format": OPERATOR_FORMAT,
+                arrays[f"{prefix}residual.{name}"] = np.asarray(Z)
+        return {
             "expansions": expansions,
             "blend": sorted(self.blend),
             "residual": residual,
             "norm_factors": dict(self.norm_factors),
             "untied": list(self.untied),
             "fresh": vars(self.fresh),
+            "weights": sorted(self.weights),
+            "start": None if self.start is None else self.start._structure(arrays, f"{prefix}start."),
         }
-        contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        Path(path).write_bytes(save(contiguous, metadata={"growkit_operator": json.dumps(structure)}))
 
     @classmethod
     def load(cls, path: str | Path) -> GrowthOperator:
@@ -485,30 +508,39 @@ class GrowthOperator:
             with safe_open(str(path), framework="numpy") as file:
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
                 structure = json.loads((file.metadata() or {})["growkit_operator"])
-            return cls(
-                expansions={
-                    key: Expansion(
-                        write=from_state(state["write"], arrays),
-                        read=from_state(state["read"], arrays),
-                        seen=from_state(state["seen"], arrays),
-                        gain=state["gain"],
-                        variance=state["variance"],
-                        fresh=state["fresh"],
-                        terms=tuple((from_state(B, arrays), from_state(A, arrays)) for B, A in state.get("terms", ())),
-                    )
-                    for key, state in structure["expansions"].items()
-                },
-                blend={key: arrays[f"blend.{key}"] for key in structure["blend"]},
-                norm_factors=structure["norm_factors"],
-                untied=tuple(structure["untied"]),
-                fresh=Fresh(**structure["fresh"]),
-                residual={
-                    name: arrays[f"residual.{name}"] if state is None else from_state(state, arrays)
-                    for name, state in structure["residual"].items()
-                },
-            )
+            return cls._from_structure(structure, arrays)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise GrowkitError(f"{path}: not a growth operator that growkit saved ({error})") from None
+
+    @classmethod
+    def _from_structure(
+        cls, structure: Mapping[str, Any], arrays: dict[str, np.ndarray], prefix: str = ""
+    ) -> GrowthOperator:
+        start = structure.get("start")
+        return cls(
+            expansions={
+                key: Expansion(
+                    write=from_state(state["write"], arrays),
+                    read=from_state(state["read"], arrays),
+                    seen=from_state(state["seen"], arrays),
+                    gain=state["gain"],
+                    variance=state["variance"],
+                    fresh=state["fresh"],
+                    terms=tuple((from_state(B, arrays), from_state(A, arrays)) for B, A in state.get("terms", ())),
+                )
+                for key, state in structure["expansions"].items()
+            },
+            blend={key: arrays[f"{prefix}blend.{key}"] for key in structure["blend"]},
+            norm_factors=structure["norm_factors"],
+            untied=tuple(structure["untied"]),
+            fresh=Fresh(**structure["fresh"]),
+            residual={
+                name: arrays[f"{prefix}residual.{name}"] if state is None else from_state(state, arrays)
+                for name, state in structure["residual"].items()
+            },
+            start=None if start is None else cls._from_structure(start, arrays, f"{prefix}start."),
+            weights={name: arrays[f"{prefix}weights.{name}"] for name in structure.get("weights", ())},
+        )
 
 
 def _offset(target: Tensor) -> float:

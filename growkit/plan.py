@@ -242,7 +242,7 @@ def _expansions(source: LayerGraph, sizes: Mapping[str, int], method: Method, se
             # A space that is another one by another name is drawn as that one is, so that what ties them stays.
             drawn_as = str(source.attributes.get(f"follows:{space}") or space)
             rng = np.random.default_rng([seed, crc32((drawn_as if drawn_as in source.sizes else space).encode())])
-            growth = SpaceGrowth(source, space, size, sizes[space], rng, _keeps_epsilon(source, sizes, space))
+            growth = SpaceGrowth(source, space, size, sizes[space], rng, _keeps_epsilon(source, sizes, space), sizes)
             expansions.update(method.widened(growth))
     return expansions
 

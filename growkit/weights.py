@@ -39,7 +39,8 @@ class Grower:
     def source(self, target: Tensor, key: str, layer: int | None) -> Array:
         """A source tensor, finite, in the element type that ``target`` is computed in."""
         name = self.names[key, layer]
-        array = self.model.weights[name]
+        learned = self.operator.weights.get(name)
+        array = self.model.weights[name] if learned is None else np.asarray(learned)
         if array.dtype.itemsize < 4:  # half types: exact in float32, where arithmetic keeps its accuracy
             array = array.astype(np.float32)
         refuse_nonfinite(name, array)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from growkit.adapters import Forward
+from growkit.adapters import BareForward, Forward
 from growkit.model import Model
 from growkit.operator import GrowthOperator
 from growkit_specs import LayerGraph, Signature
@@ -72,6 +72,15 @@ class OnnxAdapter:
         from growkit_onnx.forward import GraphForward
 
         return GraphForward(model, device)
+
+    def bare(self, model: Model, device: str = "auto", *, checkpointing: bool = False) -> BareForward:
+        """The model as a function of its inputs and all of its weights, in torch."""
+        from growkit_onnx.forward import BareGraph
+        from growkit_specs import GrowkitError
+
+        if checkpointing:
+            raise GrowkitError("the blocks of an ONNX graph cannot be checkpointed; leave out checkpointing")
+        return BareGraph(model, device)
 
     def inputs(self, model: Model, seed: int, forward: Forward) -> Iterator[dict[str, np.ndarray]]:
         """Inputs that exercise a model, at sizes at which it runs."""

@@ -30,6 +30,40 @@ _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _MOVING = ("Cast", "Identity", "Unsqueeze", "Squeeze", "Reshape", "Expand", "Flatten")
 
 
+class BareGraph:
+    """A model as a function of its inputs and weights in torch, ``forward(inputs, weights)``.
+
+    It reads no weight that it is given, and of the others each when it is needed.
+
+    Args:
+        model: The model.
+        device: Where it runs.
+        dtype: The type in which all floating point runs; None leaves the file's.
+    """
+
+    def __init__(self, model: Model, device: str = "auto", dtype: torch.dtype | None = torch.float32) -> None:
+        origin: Origin = model.origin
+        surgery = origin.surgery() if origin.operator is not None else None
+        graph = surgery.model_with(model.weights) if surgery is not None else origin.model
+        self._holders = {
+            tensor.name: [
+                str(value.name)
+                for value in (surgery.holders(tensor) if surgery else origin.description.stored[tensor.name])
+            ]
+            for tensor in model.graph.tensors()
+        }
+        self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        self._executor = Executor(graph, self.device, dtype)
+
+    def __call__(self, inputs: Mapping[str, Any], weights: Mapping[str, Any]) -> dict[str, Any]:
+        """The outputs by name, as tensors."""
+        held = {
+            holder: weights[name] for name, holders in self._holders.items() if name in weights for holder in holders
+        }
+        known = self._executor.graph.initializers
+        return self._executor(inputs, {name: tensor for name, tensor in held.items() if name in known})
+
+
 class GraphForward:
     """A model as a function: ``forward(inputs, weights=None)``.
 
@@ -47,7 +81,7 @@ class GraphForward:
         self.model = model
         self.provider = _provider(device)
         self._session: ort.InferenceSession | None = None
-        self._executor: Executor | None = None
+        self._bare: BareGraph | None = None
 
     def __call__(self, inputs: Mapping[str, Array], weights: Mapping[str, Any] | None = None) -> dict[str, Array]:
         """Run the model.
@@ -109,24 +143,9 @@ class GraphForward:
     def _in_torch(
         self, inputs: Mapping[str, Array], weights: Mapping[str, Any], dtype: torch.dtype | None = None
     ) -> dict[str, Any]:
-        origin: Origin = self.model.origin
-        if self._executor is None:
-            surgery = origin.surgery() if origin.operator is not None else None
-            graph = surgery.model_with(self.model.weights) if surgery is not None else origin.model
-            self._holders = {
-                tensor.name: [
-                    str(value.name)
-                    for value in (surgery.holders(tensor) if surgery else origin.description.stored[tensor.name])
-                ]
-                for tensor in self.model.graph.tensors()
-            }
-            device = "cuda" if self.provider == _PROVIDERS["cuda"] else "cpu"
-            self._executor = Executor(graph, device, dtype)
-        held = {
-            holder: weights[name] for name, holders in self._holders.items() if name in weights for holder in holders
-        }
-        known = self._executor.graph.initializers
-        return self._executor(inputs, {name: tensor for name, tensor in held.items() if name in known})
+        if self._bare is None:
+            self._bare = BareGraph(self.model, "cuda" if self.provider == _PROVIDERS["cuda"] else "cpu", dtype)
+        return self._bare(inputs, weights)
 
 
 def _provider(device: str) -> str:

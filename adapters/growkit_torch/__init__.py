@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from growkit.adapters import Forward
+from growkit.adapters import BareForward, Forward
 from growkit.example import Example
 from growkit.model import Model
 from growkit.operator import GrowthOperator
@@ -91,6 +91,12 @@ class TorchAdapter:
         from growkit_torch.forward import ModuleForward
 
         return ModuleForward(model, device)
+
+    def bare(self, model: Model, device: str = "auto", *, checkpointing: bool = False) -> BareForward:
+        """The model as a function of its inputs and all of its weights; blocks may be run again for gradients."""
+        from growkit_torch.forward import BareModule
+
+        return BareModule(model, device, checkpointing=checkpointing)
 
     def inputs(self, model: Model, seed: int, forward: Forward) -> Iterator[dict[str, np.ndarray]]:
         """Inputs that exercise a model."""

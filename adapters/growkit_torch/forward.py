@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from growkit.example import named_outputs
 from growkit.matrices import Array
 from growkit.model import Model
-from growkit_specs import GrowkitError, LayerGraph
+from growkit_specs import GrowkitError, LayerGraph, Tensor
 from growkit_torch.read import as_numpy, as_torch
 
 
@@ -66,7 +67,12 @@ def _by_default(dtype: Any) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _device(name: str) -> str:
+def device_named(name: str) -> str:
+    """The device that is meant: ``cpu`` or ``cuda``; ``auto`` is a GPU where there is one.
+
+    Raises:
+        GrowkitError: For another name, and where there is no GPU.
+    """
     import torch
 
     if name not in ("auto", "cpu", "cuda"):
@@ -74,6 +80,87 @@ def _device(name: str) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise GrowkitError("the device 'cuda' was asked for, and torch sees no GPU; use --device cpu")
     return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a module has a tensor: the module that holds it, its path, and the parameter's name there."""
+
+    tensor: Tensor
+    holder: Any
+    path: str
+    name: str
+
+
+class BareModule:
+    """A model as a function of its inputs and all of its weights, ``forward(inputs, weights)``; it holds none itself.
+
+    It runs in float32, or under autocast. The weights stay in their places until the next call, so that what gradients
+    need may be run again.
+
+    Args:
+        model: The model.
+        device: Where it runs.
+        checkpointing: Whether the blocks of its stacks are run again for their gradients, and not kept.
+    """
+
+    def __init__(self, model: Model, device: str = "auto", *, checkpointing: bool = False) -> None:
+        import torch
+
+        self.device = device_named(device)
+        tensors = list(model.graph.tensors())
+        # Each tensor is one number, another for each, which takes no memory: it tells where the module has the tensor.
+        marks = {t.name: torch.tensor(i + 1.0).expand(t.shape) for i, t in enumerate(tensors)}
+        self.module = model.origin.library.build(model, marks, torch.float32).eval()
+        self._places = list(_places(self.module, tensors))
+        if missing := {t.name for t in tensors} - {place.tensor.name for place in self._places}:
+            raise GrowkitError(f"{type(self.module).__name__} has no place for the tensor {min(missing)}")
+        for place in self._places:
+            place.holder._parameters[place.name] = None
+        self.module.to(self.device)
+        if getattr(self.module, "config", None) is not None:
+            self.module.config.use_cache = False
+        if checkpointing:
+            for block in self._blocks():
+                block.forward = _run_again(block.forward)
+
+    def __call__(self, inputs: Mapping[str, Any], weights: Mapping[str, Any]) -> dict[str, Any]:
+        """The outputs by name, as tensors."""
+        import torch
+
+        for place in self._places:
+            place.holder._parameters[place.name] = weights[place.tensor.name]
+        given = {name: torch.as_tensor(value, device=self.device) for name, value in inputs.items()}
+        return named_outputs(self.module(**given))
+
+    def _blocks(self) -> list[Any]:
+        """The modules that are the blocks of stacks: the parts of the tensors' paths up to the layer's number."""
+        paths: dict[str, None] = {}
+        for place in self._places:
+            steps = f"{place.path}.{place.name}".split(".")
+            number = str(place.tensor.layer)
+            if place.tensor.stack is not None and number in steps:
+                paths[".".join(steps[: steps.index(number) + 1])] = None
+        return [self.module.get_submodule(path) for path in paths]
+
+
+def _places(module: Any, tensors: Sequence[Tensor]) -> Iterator[_Place]:
+    """Where a module has tensors that are marked by their numbers, counted from 1."""
+    for path, holder in module.named_modules():
+        for name, parameter in holder._parameters.items():
+            mark = float(parameter.detach().reshape(-1)[0]) if parameter is not None and parameter.numel() else 0.0
+            if mark.is_integer() and 0 < mark <= len(tensors):
+                yield _Place(tensors[int(mark) - 1], holder, path, name)
+
+
+def _run_again(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A block's forward, of which nothing is kept but what it is given."""
+    from torch.utils.checkpoint import checkpoint
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return run
 
 
 class ModuleForward:
@@ -86,7 +173,7 @@ class ModuleForward:
     def __init__(self, model: Model, device: str = "auto") -> None:
         import torch
 
-        self.device = _device(device)
+        self.device = device_named(device)
         stored = {tensor.parameter.dtype for tensor in model.graph.tensors()}
         self.module = build(model, torch.float64 if stored & {"float64", "float32"} else torch.float32)
         if next(self.module.parameters()).dtype == torch.float64:

@@ -29,6 +29,7 @@ class SpaceGrowth:
         target: Its new size ``D``.
         rng: The random numbers of this space.
         keep_epsilon: Whether epsilon must stay as it is, because norms that do not grow alike share its config key.
+        sizes: The new sizes of all spaces.
     """
 
     graph: LayerGraph
@@ -37,6 +38,7 @@ class SpaceGrowth:
     target: int
     rng: np.random.Generator
     keep_epsilon: bool = False
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def kind(self) -> SpaceKind:
@@ -197,6 +199,7 @@ class Method:
         options: What can be set behind the name, ``stack:part=back``, and the defaults.
         training: What the paper says of training on: rules, one each line.
         trains_new: Whether only the layers that were added are trained at first.
+        tied: Whether what reads is what writes where the operator is learned, ``A = B``, norms included.
     """
 
     name: str
@@ -216,6 +219,7 @@ class Method:
     options: Mapping[str, Any] = field(default_factory=dict)
     training: tuple[str, ...] = ()
     trains_new: bool = False
+    tied: bool = False
 
     @property
     def grows(self) -> tuple[str, ...]:
@@ -304,6 +308,11 @@ def method(text: str) -> Method:
     if name not in _METHODS:
         raise InvalidTarget(f"unknown method '{name}'; methods are {', '.join(sorted(_METHODS))}")
     return _METHODS[name].with_options(options)
+
+
+def is_tied(text: str) -> bool:
+    """Whether a request's method is learned with reads that are writes, ``A = B``."""
+    return chosen(text, widens=False, deepens=False)[0].tied
 
 
 def refusal(name: str, why: str) -> InvalidTarget:

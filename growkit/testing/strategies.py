@@ -18,6 +18,7 @@ from growkit.matrices import (
     Kronecker,
     Matrix,
     MeanFill,
+    RowBlocks,
     Scaled,
     Selection,
     pad,
@@ -100,11 +101,19 @@ def matrices() -> st.SearchStrategy[Matrix]:
             inner.map(lambda matrix: matrix.mT),
         )
 
-    return leaves | joined | st.recursive(leaves, composed, max_leaves=4)
+    stacked = st.builds(_stacked, leaves, st.lists(st.integers(1, 2), min_size=1, max_size=2))
+    return leaves | joined | stacked | stacked.map(lambda matrix: matrix.mT) | st.recursive(leaves, composed, max_leaves=4)
 
 
 def _mean_fill(new: int, old: int, copies: int) -> MeanFill:
     return MeanFill(copies * old + new, old, copies)
+
+
+def _stacked(matrix: Matrix, new: Sequence[int]) -> RowBlocks:
+    """``[M; C; ...]``, each ``C`` dense."""
+    columns = matrix.shape[1]
+    below = (Dense(np.random.default_rng(rows).standard_normal((rows, columns))) for rows in new)
+    return RowBlocks((matrix, *below))
 
 
 def _padded(matrix: Matrix, new: int) -> Composition:

@@ -11,12 +11,13 @@ from growkit_specs.errors import (
 )
 from growkit_specs.layer_graph import Layer, LayerGraph, LayerPort, Parameter, Port, Space, Stack, Tensor
 from growkit_specs.layout import Axis, Concatenation, Fixed, Layout, Leaf, Product, parse_layout
-from growkit_specs.recipe import LayerMap, Recipe, Signature, Target, fresh_scale, layer_maps
+from growkit_specs.recipe import FitSettings, LayerMap, Recipe, Signature, Target, fresh_scale, layer_maps
 
 __all__ = [
     "Architecture",
     "Axis",
     "Concatenation",
+    "FitSettings",
     "Fixed",
     "GrowkitError",
     "InvalidModel",

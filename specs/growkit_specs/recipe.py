@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BeforeValidator, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
 from growkit_specs.architecture import first_problem
 from growkit_specs.errors import GrowkitError, InvalidTarget
@@ -207,6 +207,81 @@ class Signature(Spec):
             return cls.model_validate({"outputs": outputs, "kv_cache": kv_cache})
         except ValidationError as error:
             raise InvalidTarget(f"{first_problem(error)}, got {error.errors()[0]['input']!r}") from None
+
+
+Learned = Literal["depth", "width", "norms", "residual", "source"]
+"""What a fit can learn: the blends of layers, the matrices of spaces, corrections to the norms, all other fresh
+entries, and the source's own weights."""
+
+Structure = Literal["source", "dense", "fixed"]
+"""What of a space's matrices is learned: the rows of new entries, ``[I; C]``; every entry; or nothing."""
+
+Strategy = Literal["auto", "factored", "materialised"]
+"""How a grown weight acts in a fit: as its factors one after the other, or as the matrix that they make."""
+
+
+class FitSettings(Spec):
+    """How an operator is learned.
+
+    Attributes:
+        learn: What is learned.
+        structure: What of a space's matrices is learned, by space (``hidden``), or by a whole head axis
+            (``(heads head_dim)``), whose heads are mixed then. Spaces that are not named: ``source``, but for head_dim,
+            which is ``fixed``.
+        tied: Whether what reads is what writes, ``A = B`` (and norms grow by ``B``), as published; None takes the
+            starting method's way, which is ``False`` but for ``ligo-paper``.
+        per_layer: Whether spaces inside blocks have matrices for each target layer, not one for all.
+        steps: Optimizer steps.
+        lr: The peak learning rate of AdamW, which decays no weights.
+        warmup: The share of the steps over which the rate rises; over the others it falls to zero along a cosine.
+        clip: The largest norm of the gradient; None clips nothing.
+        batch: Examples in a step, on the command line.
+        length: Tokens in an example, on the command line; None takes up to 512, as far as the model goes.
+        accumulate: Parts that a batch is run in, one after the other.
+        loss: ``auto``, ``causal``, ``masked``, ``classification``, ``output`` (the graph's own), ``distill``, or
+            ``module:function``.
+        strategy: How grown weights act; ``auto`` chooses for each by the multiplications that it takes.
+        precision: ``float32``, or ``bfloat16`` where autocast can use it.
+        checkpointing: Whether blocks are run again for their gradients, and not kept.
+        compile: Whether the model is compiled by ``torch.compile``.
+        validate_every: Steps between two looks at the validation split; None looks at the end alone.
+        patience: Looks without a better loss after which the fit stops early; None never does.
+        seed: The seed of the data's order.
+    """
+
+    learn: tuple[Learned, ...] = ("depth", "width")
+    structure: dict[str, Structure] = Field(default_factory=dict)
+    tied: bool | None = None
+    per_layer: bool = False
+    steps: int = Field(default=100, ge=1)
+    lr: float = Field(default=1e-3, gt=0)
+    warmup: float = Field(default=0.1, ge=0, le=1)
+    clip: float | None = Field(default=1.0, gt=0)
+    batch: int = Field(default=8, ge=1)
+    length: int | None = Field(default=None, ge=2)
+    accumulate: int = Field(default=1, ge=1)
+    loss: str = "auto"
+    strategy: Strategy = "auto"
+    precision: Literal["float32", "bfloat16"] = "float32"
+    checkpointing: bool = False
+    compile: bool = False
+    validate_every: int | None = Field(default=None, ge=1)
+    patience: int | None = Field(default=None, ge=1)
+    seed: int = 0
+
+    @classmethod
+    def of(cls, **told: object) -> FitSettings:
+        """Settings by name.
+
+        Raises:
+            GrowkitError: For a setting that there is not, or a value that it cannot have.
+        """
+        if unknown := sorted(set(told) - set(cls.model_fields)):
+            raise GrowkitError(f"unknown setting '{unknown[0]}' of a fit; settings are {', '.join(cls.model_fields)}")
+        try:
+            return cls.model_validate(told, strict=False)
+        except ValidationError as error:
+            raise GrowkitError(f"fit: {first_problem(error)}, got {error.errors()[0]['input']!r}") from None
 
 
 class Recipe(Spec):

@@ -1,0 +1,191 @@
+"""The larger model as a function of the growth operator: a batch in, a loss out, gradients in the operator.
+
+The source's weights are frozen, unless they are learned along. Whole slots are blended at once, ``w (L2, L1)`` times
+the stacked tensors of the source's layers; then each grown weight acts as its factors or as the matrix they make.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from growkit.adapters import BareForward
+from growkit.model import Model
+from growkit.operator import GrowthOperator
+from growkit.weights import Grower, refuse_nonfinite
+from growkit_specs import FitSettings, Tensor
+from growkit_torch.factored import Factors, Fresh, GrownWeight, Reads
+from growkit_torch.learned import LearnedOperator, is_factored
+from growkit_torch.losses import Loss
+from growkit_torch.read import as_torch
+
+
+@dataclass(frozen=True)
+class Held:
+    """The source's tensors of one slot: the entry that holds them, stacked by layer where they are several."""
+
+    entry: int
+    names: tuple[str, ...]
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the entry has an axis of layers before its own."""
+        return len(self.names) > 1
+
+
+class Growing(torch.nn.Module):
+    """The larger model as a function of the operator.
+
+    Args:
+        model: The source.
+        large: The larger model; its weights are not asked for.
+        settings: What is learned, and how grown weights act.
+        start: The operator to begin with.
+        forward: Runs the larger model.
+        loss: The loss.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        large: Model,
+        *,
+        start: GrowthOperator,
+        settings: FitSettings,
+        forward: BareForward,
+        loss: Loss,
+        device: str,
+    ) -> None:
+        super().__init__()
+        self.settings, self.forward_with, self.loss = settings, forward, loss
+        self.targets = list(large.graph.tensors())
+        self.names = Grower(model, start).names
+        self.frozen = torch.nn.ParameterList()
+        self.held: dict[str, Held] = {}
+        self._hold(model, device)
+        weights = {name: self._frozen(name) for held in self.held.values() for name in held.names}
+        self.learned = LearnedOperator(start, model.graph, large.graph, settings, weights).to(device)
+        self.fresh = self._draw(start)
+
+    def _hold(self, model: Model, device: str) -> None:
+        """Read the source's tensors, each once."""
+        layers: dict[str, dict[int | None, str]] = {}
+        for (key, layer), name in self.names.items():
+            layers.setdefault(key, {})[layer] = name
+        entries: dict[tuple[str, ...], int] = {}
+        for key, by_layer in layers.items():
+            names = tuple(dict.fromkeys(by_layer.values()))
+            if names not in entries:
+                read = []
+                for name in names:
+                    array = np.asarray(model.weights[name])
+                    refuse_nonfinite(name, array)
+                    read.append(as_torch(array).to(device, torch.float32))
+                tensor = torch.stack(read) if len(read) > 1 else read[0].clone()
+                entries[names] = len(self.frozen)
+                self.frozen.append(torch.nn.Parameter(tensor, requires_grad=False))
+            self.held[key] = Held(entries[names], names)
+
+    def _frozen(self, name: str) -> torch.Tensor:
+        held = next(each for each in self.held.values() if name in each.names)
+        entry: torch.Tensor = self.frozen[held.entry]
+        return entry[held.names.index(name)] if held.stacked else entry
+
+    def source(self, key: str, layer: int | None) -> torch.Tensor:
+        """A source tensor by its slot's key and its layer."""
+        held = self.held[key]
+        number = min(layer or 0, len(held.names) - 1)
+        learned = self.learned.source_weight(held.names[number])
+        if learned is not None:
+            return learned
+        entry: torch.Tensor = self.frozen[held.entry]
+        return entry[number] if held.stacked else entry
+
+    def _draw(self, start: GrowthOperator) -> dict[str, Fresh]:
+        """``Z`` of every tensor that has fresh entries; where it is learned, what it begins with."""
+        fresh = {}
+        with torch.no_grad():
+            for target in self.targets:
+                Z = start.residual_for(target, self.source)
+                if Z is None:
+                    continue
+                Z = torch.as_tensor(Z, dtype=torch.float32, device=self.frozen[0].device)
+                self.learned.set_residual(target.name, Z)
+                fresh[target.name] = Fresh.of(Z, self._shape(target)) if Z.ndim == 2 else Fresh(Z)
+        return fresh
+
+    def _shape(self, target: Tensor) -> tuple[int, int]:
+        rows, columns = self.source(target.key, 0 if target.stack is not None else None).shape
+        return rows, columns
+
+    # --- the grown weights -------------------------------------------------------------------------------------------
+
+    def weights(self, rows: int) -> dict[str, torch.Tensor]:
+        """Every tensor of the larger model, those that can as their factors.
+
+        Args:
+            rows: How many rows the products of a model have, its tokens: what tells which way is cheaper where that
+                must be known beforehand.
+        """
+        fixed = {name: each.entries for name, each in self.fresh.items() if name not in self.learned.learned_residuals}
+        operator = self.learned.operator(fixed)
+        blends = self._blends(operator)
+        reads = Reads()
+        grown: dict[str, torch.Tensor] = {}
+        for target in self.targets:
+            if not is_factored(operator, target):
+                grown[target.name] = operator.grow(target, self.source)
+                continue
+            blend = blends.get(target.key)
+            M = operator.blended(target, self.source) if blend is None else blend[target.layer or 0]
+            B, A = (operator.axis_matrix(target, axis) for axis in (0, 1))
+            factors = Factors(B, M, A, self._fresh(operator, target), reads, self.settings.strategy)
+            grown[target.name] = GrownWeight(self._settled(factors, rows))
+        return grown
+
+    def _blends(self, operator: GrowthOperator) -> dict[str, tuple[torch.Tensor, ...]]:
+        """``w W`` of every slot whose blend is learned: one product for all of its target layers."""
+        blends = {}
+        for key in self.learned.learned_blends():
+            held = self.held[key]
+            if self.learned.source_weight(held.names[0]) is None and held.stacked:
+                entry = self.frozen[held.entry]
+            else:
+                entry = torch.stack([self.source(key, layer) for layer in range(len(held.names))])
+            w = operator.blend[key]
+            if w.ndim == 2:
+                blends[key] = torch.unbind((w @ entry.reshape(len(entry), -1)).reshape(len(w), *entry.shape[1:]))
+        return blends
+
+    def _fresh(self, operator: GrowthOperator, target: Tensor) -> Fresh | None:
+        if target.name in self.learned.learned_residuals:
+            return Fresh(operator.residual[target.name])
+        return self.fresh.get(target.name)
+
+    def _settled(self, factors: Factors, rows: int) -> Factors:
+        """With blocks that are run again nothing may depend on what was run before: the way is chosen now."""
+        if not self.settings.checkpointing:
+            return factors
+        made = factors.is_made(rows)
+        settled = Factors(
+            factors.B, factors.M, factors.A, factors.Z, factors.reads, "materialised" if made else "factored"
+        )
+        if made:
+            settled.matrix  # noqa: B018 - made before the blocks, which find it there both times
+        return settled
+
+    def outputs(self, inputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """What the larger model gives, by name."""
+        tokens = next((value for value in inputs.values() if not value.is_floating_point()), None)
+        first = next(iter(inputs.values()))
+        rows = tokens.numel() if tokens is not None else first.shape[0] * 256
+        return self.forward_with(inputs, self.weights(rows))
+
+    def forward(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        """The loss of a batch: its inputs by name, and its ``labels`` where there are any."""
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        return self.loss(self.outputs(inputs), batch)
