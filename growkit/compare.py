@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from growkit.caches import fed
+from growkit.data import read_batch
 from growkit.grow import grow
-from growkit.loss import read_batch, start_loss
+from growkit.loss import Batch, start_loss
 from growkit.methods import Method, methods
 from growkit.model import Model
 from growkit.plan import Plan, flops_per_token, plan
@@ -63,7 +65,7 @@ def compare(
     Args:
         model: The source.
         target: The sizes asked for; or name them as keywords.
-        data: A file to measure start losses on, see :func:`growkit.loss.read_batch`.
+        data: A file to measure start losses on, see :func:`growkit.data.read_batch`.
         seed: The seed of what methods draw.
         like: A graph whose sizes to grow to.
         device: Where losses are measured.
@@ -87,8 +89,14 @@ def compare(
         except InvalidTarget as error:
             yield Candidate(request, method.use, refused=str(error))
             continue
-        loss = None if batch is None else start_loss(grow(model, made), batch, device=device)
+        loss = None if batch is None else _start_loss(model, made, batch, device)
         yield _candidate(request, method, made, loss)
+
+
+def _start_loss(model: Model, made: Plan, batch: Batch, device: str) -> float:
+    large = grow(model, made)
+    inputs = fed(model.graph, large.graph, made.operator, batch.inputs)
+    return start_loss(large, replace(batch, inputs=inputs), device=device)
 
 
 def _request(method: Method, widens: bool, deepens: bool) -> str | None:

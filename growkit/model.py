@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from growkit.matrices import Array
@@ -46,6 +47,18 @@ class Model:
         from growkit.weights import dtype_of
 
         return sum(tensor.count * dtype_of(tensor.parameter.dtype).itemsize for tensor in self.graph.tensors())
+
+    def beside(self, name: str) -> Path | None:
+        """The file ``name`` of the model's directory, or beside its file; None where there is none.
+
+        A file in a folder called ``onnx``, as exporters lay it out, has its directory above that.
+        """
+        path = getattr(self.origin, "path", None)
+        if path is None:
+            return None
+        folder = Path(path) if Path(path).is_dir() else Path(path).parent
+        folders = [folder, folder.parent] if folder.name == "onnx" else [folder]
+        return next((found for each in folders if (found := each / name).is_file()), None)
 
     def to_torch(self) -> Any:
         """The model as an ``nn.Module``.

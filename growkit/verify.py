@@ -183,9 +183,13 @@ def _text(graph: LayerGraph, rng: np.random.Generator, batch: int, length: int, 
     mask = np.ones((batch, length), dtype=np.int64)
     if padded:
         mask[0, length - padded :] = 0
-    made = {"mask": lambda port: mask}
-    made |= dict.fromkeys(("tokens", "types"), lambda port: rng.integers(0, graph.sizes[port.space], (batch, length)))
-    return {port.name: made[port.kind](port) for port in graph.inputs}
+    told = {"mask": mask, "positions": np.arange(length) + np.zeros_like(mask)}
+    return {
+        port.name: told[port.kind]
+        if port.kind in told
+        else rng.integers(0, graph.sizes[str(port.space)], (batch, length))
+        for port in graph.inputs
+    }
 
 
 def _image(graph: LayerGraph, rng: np.random.Generator, batch: int) -> np.ndarray:

@@ -18,6 +18,7 @@ from growkit_onnx.branches import PRODUCTS, Branch, Draft, Slot, components, num
 from growkit_onnx.facts import Facts
 from growkit_onnx.hazards import freeze_hazards
 from growkit_onnx.infer import Scene
+from growkit_onnx.inputs import image_attributes, input_port
 from growkit_onnx.names import Names
 from growkit_onnx.norms import Norm
 from growkit_onnx.rules import NONLINEAR, READ
@@ -231,6 +232,7 @@ class _Assembly:
             spaces=self._spaces(),
             inputs=tuple(self._inputs()),
             outputs=tuple(self._outputs()),
+            attributes=image_attributes(self.scene.graph),
         )
         frozen = {name: why for name in self.names.sizes if (why := self._frozen(name)) is not None}
         streams = {space.name for space in graph.spaces if space.kind == "residual"}
@@ -569,7 +571,7 @@ class _Assembly:
     def _inputs(self) -> Iterator[Port]:
         for value in self.scene.graph.inputs:
             if value.name not in self.scene.graph.initializers:
-                yield Port(name=str(value.name))
+                yield input_port(value, self.scene, self.names)
 
     def _outputs(self) -> Iterator[Port]:
         for value in self.scene.graph.outputs:

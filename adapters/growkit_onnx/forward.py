@@ -22,12 +22,12 @@ from growkit.matrices import Array
 from growkit.model import Model
 from growkit_onnx.execute import Executor
 from growkit_onnx.files import write_file
+from growkit_onnx.inputs import looked_up
 from growkit_onnx.operation import as_numpy
 from growkit_onnx.read import Origin, build
 from growkit_specs import GrowkitError
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-_MOVING = ("Cast", "Identity", "Unsqueeze", "Squeeze", "Reshape", "Expand", "Flatten")
 
 
 class BareGraph:
@@ -229,26 +229,10 @@ def _drawn(
     dtype = value.dtype.numpy()
     if dtype.kind == "f" or dtype == ml_dtypes.bfloat16:
         return rng.standard_normal(shape).astype(dtype)
-    below = _entries(origin, value)
+    below = min((origin.scene.sizes(axis)[0] for axis in looked_up(value, origin.scene)), default=None)
     if below is not None:
         return rng.integers(0, below, shape).astype(dtype)
     ones = np.ones(shape, dtype=dtype)
     if padded and ones.ndim >= 2 and shape[-1] > 2:
         ones[0, ..., shape[-1] - shape[-1] // 3 :] = 0
     return ones
-
-
-def _entries(origin: Origin, value: ir.Value) -> int | None:
-    """The number of rows of the tables that an input's entries look up; None where they look up none."""
-    found: list[int] = []
-    todo = [value]
-    while todo:
-        each = todo.pop()
-        for user in each.consumers():
-            if user.op_type == "Gather" and user.inputs[1] is each and origin.scene.is_weight(user.inputs[0]):
-                assert user.inputs[0] is not None
-                axis = origin.scene.axes(user.inputs[0])[user.attributes.get_int("axis", 0)]
-                found.append(origin.scene.sizes(axis)[0])
-            elif user.op_type in _MOVING and user.inputs[0] is each:
-                todo.append(user.outputs[0])
-    return min(found, default=None)

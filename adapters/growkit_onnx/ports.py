@@ -41,7 +41,11 @@ def with_ports(
     layers = _Layers(scene, description.names, graph, source_of)
     return graph.model_copy(
         update={
-            "inputs": tuple(Port(name=str(v.name)) for v in onnx_graph.inputs if v.name not in onnx_graph.initializers),
+            "inputs": tuple(
+                _input(description.graph, value, source_of)
+                for value in onnx_graph.inputs
+                if value.name not in onnx_graph.initializers
+            ),
             "outputs": tuple(_output(graph, description.graph, value, source_of) for value in onnx_graph.outputs),
             "layer_inputs": tuple(
                 layers.port(name, role)
@@ -55,6 +59,13 @@ def with_ports(
             ),
         }
     ).revalidated()
+
+
+def _input(before: LayerGraph, value: ir.Value, source_of: SourceOf) -> Port:
+    """An input's port: that of the source, or of the source's input that it is a copy of."""
+    known = {port.name: port for port in before.inputs}
+    port = known.get(str(value.name)) or known.get(str(source_of(value).name)) or Port(name=str(value.name))
+    return port.model_copy(update={"name": str(value.name)})
 
 
 def _output(graph: LayerGraph, before: LayerGraph, value: ir.Value, source_of: SourceOf) -> Port:

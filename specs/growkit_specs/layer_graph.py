@@ -183,13 +183,14 @@ class Port(Spec):
     Attributes:
         name: Its name in the framework.
         kind: ``tokens`` (ids below the size of ``space``), ``mask``, ``types`` (ids below the size of ``space``),
-            ``image`` (``space`` is empty), or ``values`` for outputs.
+            ``positions`` (the numbers of the tokens, from 0), ``image`` (``space`` is empty), or ``values`` for
+            outputs, and for inputs of which nothing else is known.
         space: The space of its last axis (outputs), or of its ids (inputs).
         through: The norm whose output this is, where it is one.
     """
 
     name: str
-    kind: Literal["tokens", "mask", "types", "image", "values"] = "values"
+    kind: Literal["tokens", "mask", "types", "positions", "image", "values"] = "values"
     space: str | None = None
     through: str | None = None
 

@@ -8,7 +8,8 @@ import pytest
 
 import growkit
 from growkit.compare import compare
-from growkit.loss import Batch, start_loss, token_batch
+from growkit.data import token_batch
+from growkit.loss import Batch, start_loss
 from growkit.methods import Depth, method, methods
 from growkit.methods.between import predicted_between, transported
 from growkit.testing import memory_model, transformer

@@ -8,7 +8,7 @@ from pathlib import Path
 
 FRAMEWORKS = {"torch", "transformers", "onnx", "onnx_ir", "onnxruntime", "growkit_torch", "growkit_onnx"}
 # Heavy, and of no use for a page of help.
-UNNEEDED = {"hypothesis", "matplotlib", "pytest", "scipy", "sympy", "tokenizers"}
+UNNEEDED = {"PIL", "datasets", "hypothesis", "matplotlib", "pytest", "scipy", "sympy", "tokenizers"}
 
 
 REPORT = """
