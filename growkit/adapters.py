@@ -92,12 +92,15 @@ class Adapter(Protocol):
     def forward(self, model: Model, device: str = "auto") -> Forward:
         """A function that runs the model on ``device``: ``cpu``, ``cuda``, or ``auto`` for a GPU where there is one."""
 
-    def bare(self, model: Model, device: str = "auto", *, checkpointing: bool = False) -> BareForward:
+    def bare(
+        self, model: Model, device: str = "auto", *, dtype: str = "float32", checkpointing: bool = False
+    ) -> BareForward:
         """A function of the inputs and of all the weights, for fitting; it takes no memory for weights of its own.
 
         Args:
             model: The model; only its graph and origin count.
             device: As for ``forward``.
+            dtype: The element type in which it runs, that of the weights.
             checkpointing: Whether the blocks of stacks are run again for their gradients, and not kept.
 
         Raises:

@@ -73,14 +73,18 @@ class OnnxAdapter:
 
         return GraphForward(model, device)
 
-    def bare(self, model: Model, device: str = "auto", *, checkpointing: bool = False) -> BareForward:
+    def bare(
+        self, model: Model, device: str = "auto", *, dtype: str = "float32", checkpointing: bool = False
+    ) -> BareForward:
         """The model as a function of its inputs and all of its weights, in torch."""
+        import torch
+
         from growkit_onnx.forward import BareGraph
         from growkit_specs import GrowkitError
 
         if checkpointing:
             raise GrowkitError("the blocks of an ONNX graph cannot be checkpointed; leave out checkpointing")
-        return BareGraph(model, device)
+        return BareGraph(model, device, getattr(torch, dtype))
 
     def inputs(self, model: Model, seed: int, forward: Forward) -> Iterator[dict[str, np.ndarray]]:
         """Inputs that exercise a model, at sizes at which it runs."""

@@ -91,11 +91,17 @@ class _Fit:
         self.to = run
         device = world.device
         large = grow(model, plan.operator, outputs="grow")
-        forward = model.adapter.bare(large, device, checkpointing=settings.checkpointing)
-        first = data.batch(0)
-        loss = loss_named(settings.loss, model, plan, first, device)
+        forward = model.adapter.bare(large, device, dtype=settings.dtype, checkpointing=settings.checkpointing)
+        loss = loss_named(settings.loss, model.graph)
         self.growing = Growing(
-            model, large, start=plan.operator, settings=settings, forward=forward, loss=loss, device=device
+            model,
+            large,
+            start=plan.operator,
+            settings=settings,
+            forward=forward,
+            loss=loss,
+            device=device,
+            source_forward=model.adapter.bare(model, device, dtype=settings.dtype) if loss.takes_source else None,
         )
         self.learned = self.growing.learned
         self.module = self._shared_out()
@@ -171,7 +177,7 @@ class _Fit:
         for i, (part, count) in enumerate(mine):
             with self._alone(i + 1 < len(mine)), self._precision():
                 loss = self.module(part)
-                weighed = loss.float() * (count / max(sum(counts), 1))
+                weighed = loss * (count / max(sum(counts), 1))
                 if backward:
                     (weighed * self.world.size).backward()
             total += weighed.detach()

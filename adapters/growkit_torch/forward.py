@@ -95,23 +95,29 @@ class _Place:
 class BareModule:
     """A model as a function of its inputs and all of its weights, ``forward(inputs, weights)``; it holds none itself.
 
-    It runs in float32, or under autocast. The weights stay in their places until the next call, so that what gradients
+    The weights stay in their places until the next call, so that what gradients
     need may be run again.
 
     Args:
         model: The model.
         device: Where it runs.
+        dtype: The element type in which it runs, that of the weights.
         checkpointing: Whether the blocks of its stacks are run again for their gradients, and not kept.
     """
 
-    def __init__(self, model: Model, device: str = "auto", *, checkpointing: bool = False) -> None:
+    def __init__(
+        self, model: Model, device: str = "auto", *, dtype: str = "float32", checkpointing: bool = False
+    ) -> None:
         import torch
 
+        self.dtype = getattr(torch, dtype)
         self.device = device_named(device)
         tensors = list(model.graph.tensors())
         # Each tensor is one number, another for each, which takes no memory: it tells where the module has the tensor.
-        marks = {t.name: torch.tensor(i + 1.0).expand(t.shape) for i, t in enumerate(tensors)}
-        self.module = model.origin.library.build(model, marks, torch.float32).eval()
+        marks = {t.name: torch.tensor(i + 1.0, dtype=self.dtype).expand(t.shape) for i, t in enumerate(tensors)}
+        self.module = model.origin.library.build(model, marks, self.dtype).eval()
+        if self.dtype == torch.float64:
+            _norms_in_float64(self.module, model.graph)
         self._places = list(_places(self.module, tensors))
         if missing := {t.name for t in tensors} - {place.tensor.name for place in self._places}:
             raise GrowkitError(f"{type(self.module).__name__} has no place for the tensor {min(missing)}")
@@ -131,7 +137,9 @@ class BareModule:
         for place in self._places:
             place.holder._parameters[place.name] = weights[place.tensor.name]
         given = {name: torch.as_tensor(value, device=self.device) for name, value in inputs.items()}
-        return named_outputs(self.module(**given))
+        given = {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in given.items()}
+        with _by_default(self.dtype):
+            return named_outputs(self.module(**given))
 
     def _blocks(self) -> list[Any]:
         """The modules that are the blocks of stacks: the parts of the tensors' paths up to the layer's number."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +19,12 @@ from growkit.weights import Grower, refuse_nonfinite
 from growkit_specs import FitSettings, Tensor
 from growkit_torch.factored import Factors, Fresh, GrownWeight, Reads
 from growkit_torch.learned import LearnedOperator, is_factored
-from growkit_torch.losses import Loss
+from growkit_torch.losses import LABELS, Loss
 from growkit_torch.read import as_torch
+
+
+PATCHES = 197
+"""Rows of an image, where nobody says: patches of 16 in 224, and a class token."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Growing(torch.nn.Module):
         start: The operator to begin with.
         forward: Runs the larger model.
         loss: The loss.
+        device: Where the tensors lie.
+        source_forward: Runs the source, where the loss asks for what it gives.
     """
 
     def __init__(
@@ -59,9 +64,13 @@ class Growing(torch.nn.Module):
         forward: BareForward,
         loss: Loss,
         device: str,
+        source_forward: BareForward | None = None,
     ) -> None:
         super().__init__()
-        self.settings, self.forward_with, self.loss = settings, forward, loss
+        self.settings, self.loss = settings, loss
+        self.dtype = getattr(torch, settings.dtype)
+        self.run, self.run_source = forward, source_forward
+        self.sources = [tensor.name for tensor in model.graph.tensors()]
         self.targets = list(large.graph.tensors())
         self.names = Grower(model, start).names
         self.frozen = torch.nn.ParameterList()
@@ -84,7 +93,7 @@ class Growing(torch.nn.Module):
                 for name in names:
                     array = np.asarray(model.weights[name])
                     refuse_nonfinite(name, array)
-                    read.append(as_torch(array).to(device, torch.float32))
+                    read.append(as_torch(array).to(device, self.dtype))
                 tensor = torch.stack(read) if len(read) > 1 else read[0].clone()
                 entries[names] = len(self.frozen)
                 self.frozen.append(torch.nn.Parameter(tensor, requires_grad=False))
@@ -113,7 +122,7 @@ class Growing(torch.nn.Module):
                 Z = start.residual_for(target, self.source)
                 if Z is None:
                     continue
-                Z = torch.as_tensor(Z, dtype=torch.float32, device=self.frozen[0].device)
+                Z = torch.as_tensor(Z, dtype=self.dtype, device=self.frozen[0].device)
                 self.learned.set_residual(target.name, Z)
                 fresh[target.name] = Fresh.of(Z, self._shape(target)) if Z.ndim == 2 else Fresh(Z)
         return fresh
@@ -124,15 +133,19 @@ class Growing(torch.nn.Module):
 
     # --- the grown weights -------------------------------------------------------------------------------------------
 
-    def weights(self, rows: int) -> dict[str, torch.Tensor]:
+    def operator(self) -> GrowthOperator:
+        """The operator as it is now."""
+        fixed = {name: each.entries for name, each in self.fresh.items() if name not in self.learned.learned_residuals}
+        return self.learned.operator(fixed)
+
+    def weights(self, operator: GrowthOperator, rows: int) -> dict[str, torch.Tensor]:
         """Every tensor of the larger model, those that can as their factors.
 
         Args:
+            operator: The operator as it is now.
             rows: How many rows the products of a model have, its tokens: what tells which way is cheaper where that
                 must be known beforehand.
         """
-        fixed = {name: each.entries for name, each in self.fresh.items() if name not in self.learned.learned_residuals}
-        operator = self.learned.operator(fixed)
         blends = self._blends(operator)
         reads = Reads()
         grown: dict[str, torch.Tensor] = {}
@@ -178,14 +191,21 @@ class Growing(torch.nn.Module):
             settled.matrix  # noqa: B018 - made before the blocks, which find it there both times
         return settled
 
-    def outputs(self, inputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        """What the larger model gives, by name."""
-        tokens = next((value for value in inputs.values() if not value.is_floating_point()), None)
-        first = next(iter(inputs.values()))
-        rows = tokens.numel() if tokens is not None else first.shape[0] * 256
-        return self.forward_with(inputs, self.weights(rows))
+    def forward(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The loss of a batch: its inputs by name, and its labels where there are any."""
+        inputs = {name: value for name, value in batch.items() if name != LABELS}
+        operator = self.operator()
+        outputs = self.run(inputs, self.weights(operator, rows_of(inputs)))
+        if self.run_source is None:
+            return self.loss(outputs, batch)
+        with torch.no_grad():
+            source = self.run_source(inputs, {name: self._frozen(name) for name in self.sources})
+        return self.loss(outputs, batch, source=source, operator=operator)
 
-    def forward(self, batch: Mapping[str, Any]) -> torch.Tensor:
-        """The loss of a batch: its inputs by name, and its ``labels`` where there are any."""
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        return self.loss(self.outputs(inputs), batch)
+
+def rows_of(inputs: Mapping[str, torch.Tensor]) -> int:
+    """About how many rows the products of a model have: its tokens, or the patches of its images."""
+    tokens = next((value for value in inputs.values() if not value.is_floating_point()), None)
+    if tokens is not None:
+        return tokens.numel()
+    return next(iter(inputs.values())).shape[0] * PATCHES

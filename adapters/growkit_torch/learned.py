@@ -79,7 +79,7 @@ class LearnedOperator(torch.nn.Module):
 
     def _keep(self, name: str, values: Any) -> int:
         tensor = values.detach().clone() if isinstance(values, torch.Tensor) else torch.tensor(np.asarray(values))
-        self.entries.append(torch.nn.Parameter(tensor.to(torch.float32)))
+        self.entries.append(torch.nn.Parameter(tensor.to(getattr(torch, self.settings.dtype))))
         self.names.append(name)
         return len(self.names) - 1
 
@@ -162,7 +162,7 @@ class LearnedOperator(torch.nn.Module):
         for tensor in self.target.tensors():
             is_norm = tensor.owner.kind == "norm"
             if (norms and is_norm) or (others and not is_norm):
-                self._residual[tensor.name] = self._keep(f"Z of {tensor.name}", np.zeros(tensor.shape, np.float32))
+                self._residual[tensor.name] = self._keep(f"Z of {tensor.name}", np.zeros(tensor.shape))
 
     def set_residual(self, name: str, Z: torch.Tensor) -> None:
         """Begin a tensor's learned ``Z`` with the fresh entries it has."""

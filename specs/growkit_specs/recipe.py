@@ -241,7 +241,7 @@ class FitSettings(Spec):
         loss: ``auto``, ``causal``, ``masked``, ``classification``, ``output`` (the graph's own), ``distill``, or
             ``module:function``.
         strategy: How grown weights act; ``auto`` chooses for each by the multiplications that it takes.
-        precision: ``float32``, or ``bfloat16`` where autocast can use it.
+        precision: ``float32``, ``float64``, or ``bfloat16`` where autocast can use it.
         checkpointing: Whether blocks are run again for their gradients, and not kept.
         compile: Whether the model is compiled by ``torch.compile``.
         validate_every: Steps between two looks at the validation split; None looks at the end alone.
@@ -262,12 +262,17 @@ class FitSettings(Spec):
     accumulate: int = Field(default=1, ge=1)
     loss: str = "auto"
     strategy: Strategy = "auto"
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "float64", "bfloat16"] = "float32"
     checkpointing: bool = False
     compile: bool = False
     validate_every: int | None = Field(default=None, ge=1)
     patience: int | None = Field(default=None, ge=1)
     seed: int = 0
+
+    @property
+    def dtype(self) -> str:
+        """The element type of everything that is held."""
+        return "float64" if self.precision == "float64" else "float32"
 
     @classmethod
     def of(cls, **told: object) -> FitSettings:
