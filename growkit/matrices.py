@@ -645,7 +645,10 @@ def from_state(state: State, arrays: dict[str, np.ndarray]) -> Matrix:
             return Identity(state["size"])
         case "selection":
             weight = arrays[state["weight"]] if "weight" in state else None
-            return Selection(arrays[state["index"]], state["columns"], weight)
+            index, columns = arrays[state["index"]], state["columns"]
+            if index.min(initial=-1) < -1 or index.max(initial=-1) >= columns:
+                raise ValueError(f"a selection names entries outside 0 to {columns - 1}")
+            return Selection(index, columns, weight)
         case "mean_fill":
             return MeanFill(state["rows"], state["columns"], state.get("copies", 1))
         case "dense":

@@ -484,8 +484,12 @@ class GrowthOperator:
         try:
             with safe_open(str(path), framework="numpy") as file:
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-                structure = json.loads((file.metadata() or {})["growkit_operator"])
-            return cls(
+                structure = json.loads((file.metadata() or {}).get("growkit_operator", "null"))
+            if structure is None:
+                raise ValueError("its metadata has no growkit_operator")
+            if structure["format"] != OPERATOR_FORMAT:
+                raise ValueError(f"format {structure['format']}, expected {OPERATOR_FORMAT}; another growkit made it")
+            loaded = cls(
                 expansions={
                     key: Expansion(
                         write=from_state(state["write"], arrays),
@@ -507,8 +511,25 @@ class GrowthOperator:
                     for name, state in structure["residual"].items()
                 },
             )
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            _refuse_unfit(loaded)
+            return loaded
+        except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise GrowkitError(f"{path}: not a growth operator that growkit saved ({error})") from None
+
+
+def _refuse_unfit(operator: GrowthOperator) -> None:
+    """Refuse matrices of one space that are not of one shape, and blends that are none.
+
+    Raises:
+        ValueError: Naming the first.
+    """
+    for key, e in operator.expansions.items():
+        shapes = {matrix.shape for matrix in (e.write, e.read, e.seen, *(each for pair in e.terms for each in pair))}
+        if len(shapes) > 1:
+            raise ValueError(f"the matrices of {key} differ in shape: {', '.join(map(str, sorted(shapes)))}")
+    for key, w in operator.blend.items():
+        if w.ndim not in (2, 3) or not w.size:
+            raise ValueError(f"the blend {key} is of shape {w.shape}; expected (target layers, source layers)")
 
 
 def _offset(target: Tensor) -> float:

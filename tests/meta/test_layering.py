@@ -28,7 +28,8 @@ def requirements(*extras: str) -> set[str]:
 
 LAYERS = {
     "specs/growkit_specs": {"pydantic", "pydantic_core", "annotated_types", "typing_extensions", "yaml"},
-    "growkit": requirements() | {"growkit_specs", "tokenizers"},  # imported where text is read, and only there
+    # Imported where text is read or something is drawn, and only there: tokenizers, and what `show` asks for.
+    "growkit": requirements("show") | {"growkit_specs", "tokenizers"},
     "adapters/growkit_torch": requirements("torch", "timm") | {"growkit", "growkit_specs"},
     "adapters/growkit_onnx": requirements("onnx") | {"growkit", "growkit_specs"},
 }
