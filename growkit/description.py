@@ -154,7 +154,7 @@ class OperatorFacts:
             size = str(space.source) if space.source == space.target else f"{space.source} -> {space.target}"
             for i, (matrix, facts) in enumerate(_matrices_of(space)):
                 differing = f"{facts.differing:,} entries, by up to {facts.distance:.3g}" if facts.differing else ""
-                rank = "" if facts.rank is None else str(facts.rank)
+                rank = "not computed" if facts.rank is None else str(facts.rank)
                 first, last = ((key, size), _extras(space)) if i == 0 else (("", ""), "")
                 rows.append((*first, matrix, facts.structure, rank, differing, last))
         return rows

@@ -11,6 +11,7 @@ import io
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,13 +25,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CELLS = 256
-"""How many rows or columns of cells a picture has at most."""
+"""How many cells the longer side of a picture has at most."""
 
 INCHES = 4.2
 """The longer side of what is drawn inside the axes."""
 
 DPI = 150
-"""Pixels per inch: a cell is at least two pixels wide."""
+"""Pixels per inch: a cell is more than two pixels wide and high, so that a single one can be seen."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class HeatMap:
         )
         broken = "" if np.isfinite(self.cells).all() else " Green cells are not finite."
         D, d = self.shape
-        return f"{self.says} {D} x {d}; the largest entry is {self.largest:.4g}.{reduced}{broken}"
+        return f"{self.says} {D} x {d}; its largest entry is {self.largest:.4g}.{reduced}{broken}"
 
     @property
     def name(self) -> str:
@@ -89,17 +90,17 @@ def scale_of(maps: list[HeatMap]) -> float:
 
 
 def reduced(matrix: Matrix, cells: int = CELLS) -> tuple[np.ndarray, tuple[int, int]]:
-    """A matrix as at most ``cells x cells`` cells, each the entry of a block with the largest absolute value.
+    """A matrix as a picture's cells, each the entry of a block with the largest absolute value.
 
     Args:
         matrix: The matrix; it is never dense in memory.
-        cells: How many cells a side has at most.
+        cells: How many cells the longer side of the picture has at most; the other has fewer in proportion.
 
     Returns:
         The cells, and how many rows and columns each stands for; the last ones may stand for fewer.
     """
     D, d = matrix.shape
-    rows, columns = max(-(-D // cells), 1), max(-(-d // cells), 1)
+    rows, columns = (ceil(size / max(int(cells * side), 1)) for size, side in zip((D, d), _sides(D, d), strict=True))
     picked = np.zeros((-(-D // rows), -(-d // columns)))
     single = single_entries(matrix)
     if single is not None:
@@ -189,7 +190,7 @@ def _figure(heat_map: HeatMap, scale: float) -> Figure:
     from matplotlib.ticker import MaxNLocator
 
     (D, d), (rows, columns) = heat_map.shape, heat_map.block
-    width, height = _sides(D, d)
+    height, width = (INCHES * side for side in _sides(D, d))
     left, right, below, above = 0.75, 1.05, 0.6, 0.4
     whole = (left + width + right, below + height + above)
     figure = Figure(figsize=whole, facecolor="white")
@@ -214,9 +215,9 @@ def _figure(heat_map: HeatMap, scale: float) -> Figure:
 
 
 def _sides(D: int, d: int) -> tuple[float, float]:
-    """The width and height of the axes in inches: the matrix's own ratio, unless it is a strip."""
-    ratio = min(max(D / max(d, 1), 1 / 3), 3.0)
-    return (INCHES / ratio, INCHES) if ratio > 1 else (INCHES, INCHES * ratio)
+    """Height and width of a picture, of which the longer is 1: in the matrix's own ratio, unless it is a strip."""
+    ratio = min(max(D / d, 1 / 3), 3.0)
+    return (1.0, 1 / ratio) if ratio > 1 else (ratio, 1.0)
 
 
 def _cut(title: str, length: int) -> str:

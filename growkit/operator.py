@@ -477,7 +477,7 @@ class GrowthOperator:
         """Load what :meth:`save` wrote.
 
         Raises:
-            GrowkitError: Where the file is not an operator.
+            GrowkitError: Where the file is not an operator, is of another format, or does not fit together.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -525,6 +525,8 @@ def _refuse_unfit(operator: GrowthOperator) -> None:
     """
     for key, e in operator.expansions.items():
         shapes = {matrix.shape for matrix in (e.write, e.read, e.seen, *(each for pair in e.terms for each in pair))}
+        if min(e.write.shape) < 1:
+            raise ValueError(f"{key} is empty: {e.write.shape}")
         if len(shapes) > 1:
             raise ValueError(f"the matrices of {key} differ in shape: {', '.join(map(str, sorted(shapes)))}")
     for key, w in operator.blend.items():
