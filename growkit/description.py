@@ -42,14 +42,14 @@ class MatrixFacts:
         structure: In words.
         rank: Its rank; None where that would take minutes, or entries are not finite.
         differing: How many entries are not those of the nearest selection, which has at most a single 1 in each row.
-        distance: The largest absolute difference to that selection.
+        distance: The largest absolute difference to that selection; None where entries are not finite.
         dense_parameters: How many entries its dense parts hold: what can be learned.
     """
 
     structure: str
     rank: int | None
     differing: int
-    distance: float
+    distance: float | None
     dense_parameters: int
 
 
@@ -153,7 +153,8 @@ class OperatorFacts:
         for key, space in self.spaces.items():
             size = str(space.source) if space.source == space.target else f"{space.source} -> {space.target}"
             for i, (matrix, facts) in enumerate(_matrices_of(space)):
-                differing = f"{facts.differing:,} entries, by up to {facts.distance:.3g}" if facts.differing else ""
+                distance = "" if facts.distance is None else f", by up to {facts.distance:.3g}"
+                differing = f"{facts.differing:,} entries{distance}" if facts.differing else ""
                 rank = "not computed" if facts.rank is None else str(facts.rank)
                 first, last = ((key, size), _extras(space)) if i == 0 else (("", ""), "")
                 rows.append((*first, matrix, facts.structure, rank, differing, last))
@@ -214,6 +215,9 @@ def row_blocks(matrix: Matrix, multiple: int = 1) -> Iterator[np.ndarray]:
     D, d = matrix.shape
     k = max(ENTRIES_AT_ONCE // max(D, d) // multiple, 1) * multiple
     for start in range(0, D, k):
+        if isinstance(matrix, Dense):
+            yield Dense(matrix.array[start : start + k]).as_matrix()
+            continue
         rows = np.arange(start, min(start + k, D))
         unit = np.zeros((D, len(rows)))
         unit[rows, np.arange(len(rows))] = 1
@@ -238,7 +242,7 @@ def matrix_facts(matrix: Matrix) -> MatrixFacts:
         structure=structure(matrix) + ("" if finite else ", NOT FINITE"),
         rank=_rank(matrix) if finite else None,
         differing=differing,
-        distance=distance,
+        distance=distance if finite else None,
         dense_parameters=sum(prod(part.shape) for part in _parts(matrix) if isinstance(part, Dense)),
     )
 

@@ -359,6 +359,11 @@ class Dense(Matrix):
     def mT(self) -> Matrix:
         return Dense(self.array.mT)
 
+    def as_matrix(self) -> np.ndarray:
+        # Not by apply, where an entry that is not finite would spread.
+        dense: np.ndarray = np.asarray(_cast(_on_host(self.array), namespace(self.array).float64))
+        return dense
+
     @property
     def support(self) -> np.ndarray:
         rows: np.ndarray = np.asarray(_on_host(namespace(self.array).any(self.array != 0, axis=1)))
@@ -650,7 +655,7 @@ def from_state(state: State, arrays: dict[str, np.ndarray]) -> Matrix:
                 raise ValueError(f"a selection names entries outside 0 to {columns - 1}")
             return Selection(index, columns, weight)
         case "mean_fill":
-            return MeanFill(state["rows"], state["columns"], state.get("copies", 1))
+            return MeanFill(int(state["rows"]), int(state["columns"]), int(state.get("copies", 1)))
         case "dense":
             return Dense(arrays[state["array"]])
         case "scaled":

@@ -495,15 +495,15 @@ class GrowthOperator:
                         write=from_state(state["write"], arrays),
                         read=from_state(state["read"], arrays),
                         seen=from_state(state["seen"], arrays),
-                        gain=state["gain"],
-                        variance=state["variance"],
+                        gain=float(state["gain"]),
+                        variance=float(state["variance"]),
                         fresh=state["fresh"],
                         terms=tuple((from_state(B, arrays), from_state(A, arrays)) for B, A in state.get("terms", ())),
                     )
                     for key, state in structure["expansions"].items()
                 },
                 blend={key: arrays[f"blend.{key}"] for key in structure["blend"]},
-                norm_factors=structure["norm_factors"],
+                norm_factors={norm: float(factor) for norm, factor in structure["norm_factors"].items()},
                 untied=tuple(structure["untied"]),
                 fresh=Fresh(**structure["fresh"]),
                 residual={
@@ -518,7 +518,7 @@ class GrowthOperator:
 
 
 def _refuse_unfit(operator: GrowthOperator) -> None:
-    """Refuse matrices of one space that are not of one shape, and blends that are none.
+    """Refuse matrices of one space that are not of one shape, blends that are none, and fresh entries of no scale.
 
     Raises:
         ValueError: Naming the first.
@@ -532,6 +532,8 @@ def _refuse_unfit(operator: GrowthOperator) -> None:
     for key, w in operator.blend.items():
         if w.ndim not in (2, 3) or not w.size:
             raise ValueError(f"the blend {key} is of shape {w.shape}; expected (target layers, source layers)")
+    if operator.fresh.reference not in ("trained", "init"):
+        raise ValueError(f"fresh entries refer to {operator.fresh.reference!r}; expected 'trained' or 'init'")
 
 
 def _offset(target: Tensor) -> float:

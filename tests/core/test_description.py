@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import growkit
 from growkit import description
-from growkit.description import describe, matrix_facts, ranges, row_blocks, same, single_entries, structure
+from growkit.description import MatrixFacts, describe, matrix_facts, ranges, row_blocks, same, single_entries, structure
 from growkit.heatmaps import heat_maps, png, reduced, scale_of
 from growkit.matrices import Composition, Concatenation, Dense, Identity, Kronecker, Matrix, MeanFill, Selection, pad
 from growkit.operator import Expansion, GrowthOperator, unchanged
@@ -97,10 +97,11 @@ def test_what_is_not_finite_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = np.eye(3)
     broken[1, 2] = np.nan
     facts = matrix_facts(Dense(broken))
-    assert (facts.structure, facts.rank) == ("dense 3 x 3, float64, NOT FINITE", None)
+    assert facts == MatrixFacts("dense 3 x 3, float64, NOT FINITE", None, 2, None, 9)  # the NaN, and the 1 beside it
     operator = GrowthOperator({"ffn": Expansion(Dense(broken), pad(3, 3), pad(3, 3))}, {"layers": np.eye(2)})
     (drawn,) = heat_maps(operator)
     assert "Green cells are not finite" in drawn.caption
+    assert np.isnan(drawn.cells).sum() == 1
     assert scale_of([drawn]) == 1
     assert png(drawn, 1).startswith(b"\x89PNG")
     monkeypatch.setattr(description, "RANK_LIMIT", 2)

@@ -376,6 +376,8 @@ def widened(structure: dict[str, Any]) -> None:
         (narrowed, "a selection names entries outside 0 to 1"),
         (widened, r"the matrices of hidden differ in shape: \(3, 3\), \(4, 3\)"),
         (lambda structure: structure["blend"].append("ghost"), "'blend.ghost'"),
+        (lambda structure: structure["fresh"].update(reference="odd"), "fresh entries refer to 'odd'"),
+        (lambda structure: structure["expansions"]["hidden"].update(gain="x"), "could not convert string to float"),
     ],
 )
 def test_a_damaged_operator_is_refused_with_the_reason(
