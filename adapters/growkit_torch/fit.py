@@ -82,9 +82,7 @@ def _processes(run: Run) -> Iterator[_World]:
 class _Fit:
     """One fit, from its first step or from a checkpoint to its end."""
 
-    def __init__(
-        self, model: Model, plan: Plan, data: Data, settings: FitSettings, run: Run, world: _World
-    ) -> None:
+    def __init__(self, model: Model, plan: Plan, data: Data, settings: FitSettings, run: Run, world: _World) -> None:
         if settings.tied is None:
             settings = settings.model_copy(update={"tied": is_tied(plan.method)})
         self.plan, self.data, self.settings, self.world = plan, data, settings, world
