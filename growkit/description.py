@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from growkit.matrices import (
+    ColumnBlocks,
     Composition,
     Concatenation,
     Dense,
@@ -22,6 +23,7 @@ from growkit.matrices import (
     Kronecker,
     Matrix,
     MeanFill,
+    RowBlocks,
     Scaled,
     Selection,
 )
@@ -114,6 +116,8 @@ class OperatorFacts:
         fresh: The seed and scale of fresh entries.
         residual: Explicit entries of ``Z``: how many, by the tensor's name.
         dense_parameters: The entries of all dense matrices; ``A`` and ``C`` count where they are not ``B``.
+        learned: Whether the operator was learned.
+        weights: Source tensors that were learned along: how many entries, by name.
     """
 
     spaces: Mapping[str, SpaceFacts]
@@ -124,6 +128,8 @@ class OperatorFacts:
     fresh: Mapping[str, Any]
     residual: Mapping[str, int]
     dense_parameters: int
+    learned: bool
+    weights: Mapping[str, int]
 
     def to_json(self) -> dict[str, Any]:
         """The facts as the command line prints them under ``--json``."""
@@ -131,7 +137,7 @@ class OperatorFacts:
 
     def lines(self) -> list[tuple[str, str]]:
         """``(what, value)`` of everything but the spaces."""
-        told = [("dense entries", f"{self.dense_parameters:,}")]
+        told = [("learned", "yes" if self.learned else "no"), ("dense entries", f"{self.dense_parameters:,}")]
         told += [(stack, _blend_line(facts)) for stack, facts in self.stacks.items()]
         slots: dict[str, list[str]] = {}
         for key, facts in self.blends.items():
@@ -145,6 +151,7 @@ class OperatorFacts:
             scale += f" ({fresh['init_std']:g})"
         told.append(("fresh", f"seed {fresh['seed']}, {scale}{', every entry' if fresh['anew'] else ''}"))
         told += [("residual", f"{name}: {count:,} entries") for name, count in self.residual.items()]
+        told += [("weights", f"{name}: {count:,} entries") for name, count in self.weights.items()]
         return told
 
     def table(self) -> list[tuple[str, ...]]:
@@ -185,6 +192,8 @@ def describe(operator: GrowthOperator) -> OperatorFacts:
         fresh=asdict(operator.fresh),
         residual={name: prod(Z.shape) for name, Z in operator.residual.items()},
         dense_parameters=sum(f.dense_parameters for space in spaces.values() for _, f in _matrices_of(space)),
+        learned=operator.start is not None,
+        weights={name: prod(array.shape) for name, array in operator.weights.items()},
     )
 
 
@@ -268,6 +277,10 @@ def structure(matrix: Matrix) -> str:
         case Interleaved(blocks, runs):
             by_turns = ", ".join(f"({structure(block)})" for block in blocks)
             return f"by turns, {runs[1]} -> {runs[0]} times: {by_turns}"
+        case RowBlocks(blocks):
+            return "; then ".join(f"{block.shape[0]} rows ({structure(block)})" for block in blocks)
+        case ColumnBlocks(blocks):
+            return "; beside ".join(f"{block.shape[1]} columns ({structure(block)})" for block in blocks)
         case Composition(left, right):
             return f"({structure(left)}) after ({structure(right)})"
         case _:
@@ -298,7 +311,7 @@ def _parts(matrix: Matrix) -> Iterator[Matrix]:
     match matrix:
         case Scaled(inner):
             inside: Iterable[Matrix] = (inner,)
-        case Kronecker(parts) | Concatenation(parts) | Interleaved(parts):
+        case Kronecker(parts) | Concatenation(parts) | Interleaved(parts) | RowBlocks(parts) | ColumnBlocks(parts):
             inside = parts
         case Composition(left, right):
             inside = (left, right)
@@ -324,7 +337,7 @@ def _rank(matrix: Matrix) -> int | None:
         case Concatenation(parts) | Interleaved(parts):
             ranks = [_rank(part) for part in parts]
             return None if None in ranks else sum(rank for rank in ranks if rank is not None)
-        case Dense() | Composition():
+        case Dense() | Composition() | RowBlocks() | ColumnBlocks():
             small = min(matrix.shape) <= RANK_LIMIT
             return int(np.linalg.matrix_rank(matrix.as_matrix())) if small else None
         case _:

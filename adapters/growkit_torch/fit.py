@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -278,7 +279,7 @@ def _split(batch: Mapping[str, Any], parts: int) -> Iterator[dict[str, Any]]:
     if size < parts:
         raise GrowkitError(f"a batch of {size} examples cannot be shared out in {parts} parts; take a larger batch")
     edges = [round(i * size / parts) for i in range(parts + 1)]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         yield {name: value[start:stop] for name, value in batch.items()}
 
 
