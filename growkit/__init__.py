@@ -8,6 +8,8 @@ growkit.verify(model, large)
 """
 
 from growkit.adapters import Adapter, read, write
+from growkit.data import as_data, read_data
+from growkit.fit import fit
 from growkit.grow import grow
 from growkit.methods import methods
 from growkit.model import Model
@@ -29,10 +31,13 @@ __all__ = [
     "Report",
     "Target",
     "Verdict",
+    "as_data",
+    "fit",
     "grow",
     "methods",
     "plan",
     "read",
+    "read_data",
     "verify",
     "write",
 ]

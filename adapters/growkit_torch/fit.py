@@ -45,10 +45,10 @@ def fit(model: Model, plan: Plan, data: Data, settings: FitSettings, run: Run) -
         GrowkitError: For what cannot be learned, data that does not fit, or a loss that is not finite.
     """
     with _processes(run) as world:
-        return _Fit(model, plan, data, settings, run, world).run()
+        return Fit(model, plan, data, settings, run, world).run()
 
 
-class _World:
+class World:
     """The processes that fit together.
 
     Attributes:
@@ -64,7 +64,7 @@ class _World:
 
 
 @contextmanager
-def _processes(run: Run) -> Iterator[_World]:
+def _processes(run: Run) -> Iterator[World]:
     """The processes that ``torchrun`` started; where they are joined already they are left so."""
     device = device_named(run.device)
     joins = "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized()
@@ -74,16 +74,16 @@ def _processes(run: Run) -> Iterator[_World]:
     if joins:
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     try:
-        yield _World(device)
+        yield World(device)
     finally:
         if joins:
             dist.destroy_process_group()
 
 
-class _Fit:
+class Fit:
     """One fit, from its first step or from a checkpoint to its end."""
 
-    def __init__(self, model: Model, plan: Plan, data: Data, settings: FitSettings, run: Run, world: _World) -> None:
+    def __init__(self, model: Model, plan: Plan, data: Data, settings: FitSettings, run: Run, world: World) -> None:
         if settings.tied is None:
             settings = settings.model_copy(update={"tied": is_tied(plan.method)})
         self.plan, self.data, self.settings, self.world = plan, data, settings, world
@@ -128,7 +128,7 @@ class _Fit:
         while self.step < self.settings.steps:
             batch = self._batch(self.step)
             lr = self._rate(self.step)
-            loss, gradient = self._stepped(batch, lr)
+            loss, gradient = self.stepped(batch, lr)
             self.step += 1
             tokens += _size(batch)
             validation = self._looked()
@@ -154,7 +154,7 @@ class _Fit:
         share = (step - rising) / max(self.settings.steps - rising, 1)
         return self.settings.lr * 0.5 * (1 + math.cos(math.pi * share))
 
-    def _stepped(self, batch: Mapping[str, Any], lr: float) -> tuple[float, float]:
+    def stepped(self, batch: Mapping[str, Any], lr: float) -> tuple[float, float]:
         """One step: its loss, and the norm of its gradient."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
