@@ -115,7 +115,9 @@ def fitted(
     model = growkit.read(bert(**SOURCE))
     plan = growkit.plan(model, hidden=TARGET["hidden"], layers=TARGET["layers"], **planned)
     arrays = {name: value.numpy() for name, value in {**batch, "labels": labels}.items()}
-    fit = Fit(model, plan, growkit.as_data([arrays]), FitSettings.of(steps=1000, **told), Run(device="cpu"), World("cpu"))
+    fit = Fit(
+        model, plan, growkit.as_data([arrays]), FitSettings.of(steps=1000, **told), Run(device="cpu"), World("cpu")
+    )
     del model
     tensors = {**batch, "labels": labels}
     rows = labels.numel()
@@ -196,5 +198,3 @@ def published(batch: dict[str, torch.Tensor], labels: torch.Tensor) -> Callable[
         optimizer.step()
 
     return step
-
-

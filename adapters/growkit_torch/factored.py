@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from growkit.matrices import Dense, Matrix
+from growkit.matrices import Dense, Matrix, RowBlocks
 from growkit_specs.recipe import Strategy
 
 
@@ -38,7 +38,7 @@ class Fresh:
         rows, columns = source
         return cls(entries, source if not entries[:rows, :columns].any() else (0, 0))
 
-    @property
+    @cached_property
     def mT(self) -> Fresh:
         """The transpose."""
         return Fresh(self.entries.mT, self.zero[::-1])
@@ -48,13 +48,43 @@ class Fresh:
         """Multiplications to apply it to one vector."""
         return self.entries.numel() - self.zero[0] * self.zero[1]
 
-    def apply(self, x: torch.Tensor) -> torch.Tensor:
-        """``Z x``, ``x`` being ``(T, I)``."""
+    def added(self, y: torch.Tensor, x: Columns, rows: slice) -> torch.Tensor:
+        """``y + Z x`` of some rows of ``Z``, ``y`` being ``(T, rows)``."""
+        first = self.zero[1] if rows.stop <= self.zero[0] else 0
+        if (rows.start, rows.stop, first) in self._silent:
+            return y
+        return torch.addmm(y, x.behind(first), self.entries[rows, first:].mT)
+
+    @cached_property
+    def _silent(self) -> set[tuple[int, int, int]]:
+        """The parts, by rows and first column, that hold nothing: which they are is known of entries that stay."""
+        if self.entries.requires_grad:
+            return set()
+        O, I = self.entries.shape  # noqa: E741 - the equation's letter
         rows, columns = self.zero
-        if rows == 0 or columns == 0:
-            return F.linear(x, self.entries)
-        beside = F.linear(x[..., columns:], self.entries[:rows, columns:])
-        return torch.cat([beside, F.linear(x, self.entries[rows:])], dim=-1)
+        parts = {(0, rows, columns), (rows, O, 0), (0, O, 0)}
+        return {(r, s, c) for r, s, c in parts if s == r or c == I or not self.entries[r:s, c:].any()}
+
+
+class Columns:
+    """A tensor that is read in parts of its last axis: each way to part it is made once.
+
+    Parting it at once, and not part by part, makes its gradient of parts laid side by side.
+    """
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x.reshape(-1, x.shape[-1])
+        self._parts: dict[tuple[int, ...], tuple[torch.Tensor, ...]] = {}
+
+    def parts(self, sizes: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+        """The parts of these sizes."""
+        if sizes not in self._parts:
+            self._parts[sizes] = torch.split(self.x, sizes, dim=-1)
+        return self._parts[sizes]
+
+    def behind(self, first: int) -> torch.Tensor:
+        """What is behind the first entries."""
+        return self.x if first == 0 else self.parts((first, self.x.shape[-1] - first))[1]
 
 
 class Reads:
@@ -62,17 +92,32 @@ class Reads:
 
     def __init__(self) -> None:
         self.x: torch.Tensor | None = None
+        self.columns: Columns
         self.read: dict[Matrix, torch.Tensor] = {}
 
-    def __call__(self, A: Matrix, x: torch.Tensor) -> torch.Tensor:
-        """``A^T x`` along the last axis."""
-        if A.is_identity:
-            return x
+    def of(self, x: torch.Tensor) -> Columns:
+        """A tensor's rows, to be read in parts."""
         if self.x is not x:
-            self.x, self.read = x, {}
+            self.x, self.columns, self.read = x, Columns(x), {}
+        return self.columns
+
+    def __call__(self, A: Matrix, x: torch.Tensor) -> torch.Tensor:
+        """``A^T x`` of every row, ``(T, i)``."""
+        columns = self.of(x)
+        if A.is_identity:
+            return columns.x
         if A not in self.read:
-            self.read[A] = A.mT.apply(x, x.ndim - 1)
+            self.read[A] = _read(A, columns)
         return self.read[A]
+
+
+def _read(A: Matrix, x: Columns) -> torch.Tensor:
+    if not isinstance(A, RowBlocks):
+        return A.mT.apply(x.x, 1)
+    parts = x.parts(tuple(block.shape[0] for block in A.blocks))
+    return sum(
+        (b.mT.apply(p, 1) for b, p in zip(A.blocks[1:], parts[1:], strict=True)), A.blocks[0].mT.apply(parts[0], 1)
+    )
 
 
 @dataclass(frozen=True)
@@ -86,6 +131,7 @@ class Factors:
         Z: Its fresh entries, where there are any.
         reads: Where what is read is kept.
         strategy: How it acts.
+        readers: How many weights, this one among them, read what it reads.
     """
 
     B: Matrix
@@ -94,6 +140,7 @@ class Factors:
     Z: Fresh | None = None
     reads: Reads = field(default_factory=Reads)
     strategy: Strategy = "auto"
+    readers: int = 1
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -121,10 +168,16 @@ class Factors:
             return F.linear(x, self.matrix.mT if turned else self.matrix, bias)
         B, M, A, Z = (self.A, self.M.mT, self.B, self.Z and self.Z.mT) if turned else (self.B, self.M, self.A, self.Z)
         y = F.linear(self.reads(A, x), M)
-        y = B.apply(y, y.ndim - 1)
-        if Z is not None:
-            y = y + Z.apply(x)
-        return y if bias is None else y + bias
+        blocks = B.blocks if isinstance(B, RowBlocks) else (B,)
+        written, start = [], 0
+        for block in blocks:
+            rows = slice(start, start + block.shape[0])
+            part = block.apply(y, 1)
+            written.append(part if Z is None else Z.added(part, self.reads.of(x), rows))
+            start = rows.stop
+        whole = written[0] if len(written) == 1 else torch.cat(written, dim=-1)
+        whole = whole if bias is None else whole + bias
+        return whole.reshape(*x.shape[:-1], B.shape[0])
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
         """The rows of an index, as an embedding looks them up."""
@@ -148,10 +201,10 @@ class Factors:
         """Multiplications to apply the factors to ``rows`` rows of ``x``, and for the gradients."""
         o, i = self.M.shape
         fresh = self.Z.multiplications if self.Z is not None else 0
-        moved = self.B.multiplications + o * i + self.A.multiplications + fresh
-        learned = _learned(self.B) + _learned(self.A) + (o * i if self.M.requires_grad else 0)
+        moved = self.B.multiplications + o * i + self.A.multiplications / self.readers + fresh
+        learned = _learned(self.B) + _learned(self.A) / self.readers + (o * i if self.M.requires_grad else 0)
         learned += fresh if self.Z is not None and self.Z.entries.requires_grad else 0
-        return rows * (2 * moved + learned)
+        return round(rows * (2 * moved + learned))
 
     def cost_made(self, rows: int) -> int:
         """Multiplications to make the matrix, again for its gradient, and to apply it to ``rows`` rows of ``x``."""

@@ -6,8 +6,9 @@ the stacked tensors of the source's layers; then each grown weight acts as its f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -78,6 +79,7 @@ class Growing(torch.nn.Module):
         weights = {name: self._frozen(name) for held in self.held.values() for name in held.names}
         self.learned = LearnedOperator(start, model.graph, large.graph, settings, weights).to(device)
         self.fresh = self._draw(start)
+        self.readers = _readers(self.targets)
 
     def _hold(self, model: Model, device: str) -> None:
         """Read the source's tensors, each once."""
@@ -155,7 +157,15 @@ class Growing(torch.nn.Module):
             blend = blends.get(target.key)
             M = operator.blended(target, self.source) if blend is None else blend[target.layer or 0]
             B, A = (operator.axis_matrix(target, axis) for axis in (0, 1))
-            factors = Factors(B, M, A, self._fresh(operator, target), reads, self.settings.strategy)
+            factors = Factors(
+                B,
+                M,
+                A,
+                self._fresh(operator, target),
+                reads,
+                self.settings.strategy,
+                readers=self.readers[target.name],
+            )
             grown[target.name] = GrownWeight(self._settled(factors, rows))
         return grown
 
@@ -183,9 +193,7 @@ class Growing(torch.nn.Module):
         if not self.settings.checkpointing:
             return factors
         made = factors.is_made(rows)
-        settled = Factors(
-            factors.B, factors.M, factors.A, factors.Z, factors.reads, "materialised" if made else "factored"
-        )
+        settled = replace(factors, strategy="materialised" if made else "factored")
         if made:
             settled.matrix  # noqa: B018 - made before the blocks, which find it there both times
         return settled
@@ -200,6 +208,16 @@ class Growing(torch.nn.Module):
         with torch.no_grad():
             source = self.run_source(inputs, {name: self._frozen(name) for name in self.sources})
         return self.loss(outputs, batch, source=source, operator=operator)
+
+
+def _readers(targets: Sequence[Tensor]) -> dict[str, int]:
+    """For each tensor how many of its layer read the same axis: what is read is made once for queries, keys, values."""
+    axes = {
+        t.name: (t.stack, t.layer, t.owner.name, tuple(map(str, t.parameter.parsed.reads)), t.parameter.parsed.roles)
+        for t in targets
+    }
+    counts = Counter(axes.values())
+    return {name: counts[place] for name, place in axes.items()}
 
 
 def rows_of(inputs: Mapping[str, torch.Tensor]) -> int:

@@ -94,7 +94,7 @@ class LearnedOperator(torch.nn.Module):
     def _learn_matrices(self) -> None:
         for key, axis, places in self._learnable():
             base = self._base(key, axis)
-            structure = self.settings.structure.get(str(axis), "fixed" if str(axis) == "head_dim" else "source")
+            structure = self.settings.structure.get(str(axis)) or self._usual(axis)
             if structure == "fixed" or not base.grows:
                 continue
             for place in places if self.settings.per_layer else [None]:
@@ -102,6 +102,16 @@ class LearnedOperator(torch.nn.Module):
                 write = self._matrix(f"B of {at}", base.write, structure)
                 read = write if self.settings.tied else self._matrix(f"A of {at}", base.read, structure)
                 self._made[at] = (base, write, read)
+
+    def _usual(self, axis: Axis) -> str:
+        """What of an axis is learned where nobody says: where reads are writes everything that is not the source's.
+
+        Else not the entries of heads, which rotations may pair, and not the units behind an activation: mixing these
+        takes more than a training step, and keeps nothing of what they do. (E2)
+        """
+        kinds = {self.target.kinds[space] for space in spaces_of(axis)}
+        stays = str(axis) == "head_dim" or ("pointwise" in kinds and not self.settings.tied)
+        return "fixed" if stays else "source"
 
     def _base(self, key: str, axis: Axis) -> Expansion:
         """The starting expansion of a space, or of a whole head axis."""

@@ -226,8 +226,8 @@ class FitSettings(Spec):
     Attributes:
         learn: What is learned.
         structure: What of a space's matrices is learned, by space (``hidden``), or by a whole head axis
-            (``(heads head_dim)``), whose heads are mixed then. Spaces that are not named: ``source``, but for head_dim,
-            which is ``fixed``.
+            (``(heads head_dim)``), whose entries are mixed then. Spaces that are not named: ``source``; ``fixed`` for
+            head_dim, and where ``A`` is not ``B`` for the units behind an activation (ffn).
         tied: Whether what reads is what writes, ``A = B`` (and norms grow by ``B``), as published; None takes the
             starting method's way, which is ``False`` but for ``ligo-paper``.
         per_layer: Whether spaces inside blocks have matrices for each target layer, not one for all.
