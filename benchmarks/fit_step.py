@@ -13,9 +13,10 @@ was a model.
 | plain | the large model trained: what all others are divided by |
 | auto, factored, materialised | `growkit.fit` as it comes, and with one way for all weights |
 | dense | `growkit.fit`, every matrix dense, q, k and v mixing all heads, as the paper has them |
+| mixed ffn | `growkit.fit(structure={"ffn": "source"})`: the units behind the activation mixed too |
 | no fresh | `growkit.fit` from copies, without fresh entries Z |
 | depth | `growkit.fit(learn=("depth",))`: the blends of layers alone |
-| checkpointing | `growkit.fit(checkpointing=True)` |
+| keeping, running again | `growkit.fit` with none or all of the blocks run again for their gradients; as it comes, half |
 | published | the paper's equation written out: every large weight made in each step and kept for the gradient |
 """
 
@@ -42,9 +43,11 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "factored": {"strategy": "factored"},
     "materialised": {"strategy": "materialised"},
     "dense": {"structure": {"(heads head_dim)": "dense", "hidden": "dense", "ffn": "dense"}},
+    "mixed ffn": {"structure": {"ffn": "source"}},
     "no fresh": {"method": "width=net2net,depth=interpolate", "fresh": 0.0},
     "depth": {"learn": ("depth",)},
-    "checkpointing": {"checkpointing": True},
+    "keeping": {"checkpointing": 0.0},
+    "running again": {"checkpointing": 1.0},
 }
 OTHERS = ("plain", "published")
 

@@ -55,6 +55,11 @@ class BareGraph:
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         self._executor = Executor(graph, self.device, dtype)
 
+    checkpointed = 0  # a graph has no blocks that it could run again
+
+    def clear(self) -> None:
+        """Nothing is held between two calls."""
+
     def __call__(self, inputs: Mapping[str, Any], weights: Mapping[str, Any]) -> dict[str, Any]:
         """The outputs by name, as tensors."""
         held = {

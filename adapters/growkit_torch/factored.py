@@ -22,48 +22,80 @@ from growkit_specs.recipe import Strategy
 
 @dataclass(frozen=True)
 class Fresh:
-    """The entries ``Z`` of a weight, ``(O, I)``, which are zero in the block of the source's entries, or nowhere.
+    """The entries ``Z`` of a weight, ``(O, I)``, in the parts that hold any.
+
+    What is beside the source's entries, ``(o, I - i)``, and what is below them, ``(O - o, I)``; or all of them.
 
     Attributes:
-        entries: All of them.
-        zero: The block's rows and columns.
+        shape: ``(O, I)``.
+        parts: Entries, and the rows and columns they stand in.
     """
 
-    entries: torch.Tensor
-    zero: tuple[int, int] = (0, 0)
+    shape: tuple[int, int]
+    parts: tuple[tuple[torch.Tensor, slice, slice], ...]
 
     @classmethod
     def of(cls, entries: torch.Tensor, source: tuple[int, int]) -> Fresh:
-        """Fresh entries beside a source tensor of a shape."""
-        rows, columns = source
-        return cls(entries, source if not entries[:rows, :columns].any() else (0, 0))
+        """Fresh entries beside a source tensor of a shape; those that are zero are let go."""
+        (o, i), (O, I) = source, entries.shape  # noqa: E741 - the equation's letter
+        if entries[:o, :i].any():
+            return cls.whole(entries)
+        places = ((slice(0, o), slice(i, I)), (slice(o, O), slice(0, I)))
+        parts = ((entries[rows, columns], rows, columns) for rows, columns in places)
+        return cls((O, I), tuple((part.clone(), *place) for part, *place in parts if part.numel() and part.any()))
+
+    @classmethod
+    def whole(cls, entries: torch.Tensor) -> Fresh:
+        """Fresh entries anywhere."""
+        O, I = entries.shape  # noqa: E741 - the equation's letter
+        return cls((O, I), ((entries, slice(0, O), slice(0, I)),))
 
     @cached_property
     def mT(self) -> Fresh:
         """The transpose."""
-        return Fresh(self.entries.mT, self.zero[::-1])
+        return Fresh(self.shape[::-1], tuple((part.mT, columns, rows) for part, rows, columns in self.parts))
 
     @property
     def multiplications(self) -> int:
         """Multiplications to apply it to one vector."""
-        return self.entries.numel() - self.zero[0] * self.zero[1]
+        return sum(part.numel() for part, _, _ in self.parts)
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether its entries are learned."""
+        return any(part.requires_grad for part, _, _ in self.parts)
+
+    @property
+    def entries(self) -> torch.Tensor:
+        """All entries, ``(O, I)``."""
+        if len(self.parts) == 1 and self.parts[0][0].shape == self.shape:
+            return self.parts[0][0]
+        return self.added_to(self.parts[0][0].new_zeros(self.shape))
+
+    def added_to(self, matrix: torch.Tensor) -> torch.Tensor:
+        """``matrix + Z``; a matrix that nothing else holds, and is overwritten."""
+        for part, rows, columns in self.parts:
+            matrix[rows, columns] += part
+        return matrix
 
     def added(self, y: torch.Tensor, x: Columns, rows: slice) -> torch.Tensor:
         """``y + Z x`` of some rows of ``Z``, ``y`` being ``(T, rows)``."""
-        first = self.zero[1] if rows.stop <= self.zero[0] else 0
-        if (rows.start, rows.stop, first) in self._silent:
-            return y
-        return torch.addmm(y, x.behind(first), self.entries[rows, first:].mT)
+        for part, at, columns in self.parts:
+            first, last = max(at.start, rows.start), min(at.stop, rows.stop)
+            if first >= last:
+                continue
+            entries = part[first - at.start : last - at.start].mT
+            if (first, last) == (rows.start, rows.stop):
+                y = torch.addmm(y, x.between(columns), entries)
+            else:
+                more = x.between(columns) @ entries
+                y = y + F.pad(more, (first - rows.start, rows.stop - last))
+        return y
 
-    @cached_property
-    def _silent(self) -> set[tuple[int, int, int]]:
-        """The parts, by rows and first column, that hold nothing: which they are is known of entries that stay."""
-        if self.entries.requires_grad:
-            return set()
-        O, I = self.entries.shape  # noqa: E741 - the equation's letter
-        rows, columns = self.zero
-        parts = {(0, rows, columns), (rows, O, 0), (0, O, 0)}
-        return {(r, s, c) for r, s, c in parts if s == r or c == I or not self.entries[r:s, c:].any()}
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        """Rows of it, as an embedding looks them up; there is no other part than what is beside the source's."""
+        found = [F.pad(F.embedding(index, part), (c.start, self.shape[1] - c.stop)) for part, _, c in self.parts]
+        return sum(found[1:], found[0])
 
 
 class Columns:
@@ -82,9 +114,12 @@ class Columns:
             self._parts[sizes] = torch.split(self.x, sizes, dim=-1)
         return self._parts[sizes]
 
-    def behind(self, first: int) -> torch.Tensor:
-        """What is behind the first entries."""
-        return self.x if first == 0 else self.parts((first, self.x.shape[-1] - first))[1]
+    def between(self, columns: slice) -> torch.Tensor:
+        """Some of its entries."""
+        size = self.x.shape[-1]
+        sizes = (columns.start, columns.stop - columns.start, size - columns.stop)
+        where = tuple(each for each in sizes if each)
+        return self.x if where == (size,) else self.parts(where)[1 if columns.start else 0]
 
 
 class Reads:
@@ -167,6 +202,8 @@ class Factors:
         if self.is_made(x.numel() // x.shape[-1] if x.shape[-1] else 0):
             return F.linear(x, self.matrix.mT if turned else self.matrix, bias)
         B, M, A, Z = (self.A, self.M.mT, self.B, self.Z and self.Z.mT) if turned else (self.B, self.M, self.A, self.Z)
+        if B.is_identity and Z is None:
+            return F.linear(self.reads(A, x), M, bias).reshape(*x.shape[:-1], B.shape[0])
         y = F.linear(self.reads(A, x), M)
         blocks = B.blocks if isinstance(B, RowBlocks) else (B,)
         written, start = [], 0
@@ -184,7 +221,7 @@ class Factors:
         if not self.B.is_identity:
             return F.embedding(index, self.whole)
         y = self.A.apply(F.embedding(index, self.M), index.ndim)
-        return y if self.Z is None else y + F.embedding(index, self.Z.entries)
+        return y if self.Z is None or not self.Z.parts else y + self.Z.rows(index)
 
     @property
     def whole(self) -> torch.Tensor:
@@ -203,7 +240,7 @@ class Factors:
         fresh = self.Z.multiplications if self.Z is not None else 0
         moved = self.B.multiplications + o * i + self.A.multiplications / self.readers + fresh
         learned = _learned(self.B) + _learned(self.A) / self.readers + (o * i if self.M.requires_grad else 0)
-        learned += fresh if self.Z is not None and self.Z.entries.requires_grad else 0
+        learned += fresh if self.Z is not None and self.Z.is_learned else 0
         return round(rows * (2 * moved + learned))
 
     def cost_made(self, rows: int) -> int:

@@ -177,9 +177,10 @@ class Fit:
             with self._alone(i + 1 < len(mine)), self._precision():
                 loss = self.module(part)
                 weighed = loss * (count / max(sum(counts), 1))
-                if backward:
-                    (weighed * self.world.size).backward()
+            if backward:
+                (weighed * self.world.size).backward()
             total += weighed.detach()
+            self.growing.run.clear()
         if self.world.size > 1:
             dist.all_reduce(total)
         return float(total)

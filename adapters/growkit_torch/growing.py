@@ -78,7 +78,9 @@ class Growing(torch.nn.Module):
         self._hold(model, device)
         weights = {name: self._frozen(name) for held in self.held.values() for name in held.names}
         self.learned = LearnedOperator(start, model.graph, large.graph, settings, weights).to(device)
-        self.fresh = self._draw(start)
+        self.fresh: dict[str, Fresh] = {}
+        self.entries: dict[str, torch.Tensor] = {}
+        self._draw(start)
         self.readers = _readers(self.targets)
 
     def _hold(self, model: Model, device: str) -> None:
@@ -115,18 +117,21 @@ class Growing(torch.nn.Module):
         entry: torch.Tensor = self.frozen[held.entry]
         return entry[number] if held.stacked else entry
 
-    def _draw(self, start: GrowthOperator) -> dict[str, Fresh]:
-        """``Z`` of every tensor that has fresh entries; where it is learned, what it begins with."""
-        fresh = {}
+    def _draw(self, start: GrowthOperator) -> None:
+        """``Z`` of every tensor whose fresh entries stay; where they are learned, that is what they begin with."""
+        operator = self.learned.operator()
         with torch.no_grad():
             for target in self.targets:
                 Z = start.residual_for(target, self.source)
                 if Z is None:
                     continue
                 Z = torch.as_tensor(Z, dtype=self.dtype, device=self.frozen[0].device)
-                self.learned.set_residual(target.name, Z)
-                fresh[target.name] = Fresh.of(Z, self._shape(target)) if Z.ndim == 2 else Fresh(Z)
-        return fresh
+                if target.name in self.learned.learned_residuals:
+                    self.learned.set_residual(target.name, Z)
+                elif is_factored(operator, target):
+                    self.fresh[target.name] = Fresh.of(Z, self._shape(target))
+                else:
+                    self.entries[target.name] = Z
 
     def _shape(self, target: Tensor) -> tuple[int, int]:
         rows, columns = self.source(target.key, 0 if target.stack is not None else None).shape
@@ -136,8 +141,7 @@ class Growing(torch.nn.Module):
 
     def operator(self) -> GrowthOperator:
         """The operator as it is now."""
-        fixed = {name: each.entries for name, each in self.fresh.items() if name not in self.learned.learned_residuals}
-        return self.learned.operator(fixed)
+        return self.learned.operator(self.entries)
 
     def weights(self, operator: GrowthOperator, rows: int) -> dict[str, torch.Tensor]:
         """Every tensor of the larger model, those that can as their factors.
@@ -185,12 +189,12 @@ class Growing(torch.nn.Module):
 
     def _fresh(self, operator: GrowthOperator, target: Tensor) -> Fresh | None:
         if target.name in self.learned.learned_residuals:
-            return Fresh(operator.residual[target.name])
+            return Fresh.whole(operator.residual[target.name])
         return self.fresh.get(target.name)
 
     def _settled(self, factors: Factors, rows: int) -> Factors:
         """With blocks that are run again nothing may depend on what was run before: the way is chosen now."""
-        if not self.settings.checkpointing:
+        if not self.run.checkpointed:
             return factors
         made = factors.is_made(rows)
         settled = replace(factors, strategy="materialised" if made else "factored")

@@ -242,7 +242,8 @@ class FitSettings(Spec):
             ``module:function``.
         strategy: How grown weights act; ``auto`` chooses for each by the multiplications that it takes.
         precision: ``float32``, ``float64``, or ``bfloat16`` where autocast can use it.
-        checkpointing: Whether blocks are run again for their gradients, and not kept.
+        checkpointing: The share of a stack's blocks that are run again for their gradients, and not kept: less memory,
+            more work. None takes half of a PyTorch model's, and none of an ONNX graph's.
         compile: Whether the model is compiled by ``torch.compile``.
         validate_every: Steps between two looks at the validation split; None looks at the end alone.
         patience: Looks without a better loss after which the fit stops early; None never does.
@@ -263,7 +264,7 @@ class FitSettings(Spec):
     loss: str = "auto"
     strategy: Strategy = "auto"
     precision: Literal["float32", "float64", "bfloat16"] = "float32"
-    checkpointing: bool = False
+    checkpointing: float | None = Field(default=None, ge=0, le=1)
     compile: bool = False
     validate_every: int | None = Field(default=None, ge=1)
     patience: int | None = Field(default=None, ge=1)
