@@ -293,15 +293,21 @@ def _of_datasets(model: Model, path: Path, tokens: Callable[..., Sequences]) -> 
         raise GrowkitError(f"{path}: cannot be read as a dataset with a split 'train' ({error})") from None
     columns = list(rows.column_names)
     if "input_ids" in columns:
-        runs = [np.asarray(row, dtype=np.int64).astype(np.uint32) for row in rows["input_ids"]]
-        return tokens(ids=np.concatenate([np.zeros(0, np.uint32), *runs]))
+        runs = (np.asarray(row, dtype=np.int32) for row in _column(rows, "input_ids"))
+        return tokens(ids=np.concatenate([np.zeros(0, np.int32), *runs]))
     if "text" in columns:
-        return tokens(texts=([each] for each in rows["text"]))
+        return tokens(texts=([each] for each in _column(rows, "text")))
     if {"image", "label"} <= set(columns):
         labels = np.asarray(rows["label"])
         images.refuse_classes(model, labels, path)
         return images.Images(images.format_of(model), lambda number: rows[number]["image"], labels)
     raise GrowkitError(f"{path}: its columns are {', '.join(columns)}; expected input_ids, text, or image and label")
+
+
+def _column(rows: Any, name: str) -> Iterator[Any]:
+    """A column's entries; a thousand rows are in memory at once."""
+    for part in rows.select_columns([name]).iter(batch_size=1000):
+        yield from part[name]
 
 
 # --- batches that somebody makes -------------------------------------------------------------------------------------
