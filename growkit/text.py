@@ -5,7 +5,6 @@ Shape legend: ``b`` sequences, ``l`` their length in tokens, ``n`` tokens of the
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -193,12 +192,23 @@ def sequence_length(graph: LayerGraph, asked: int | None) -> int:
     Raises:
         GrowkitError: Where the model has fewer positions than are asked for.
     """
-    longest = graph.sizes.get("positions", asked or LENGTH) - int(graph.attributes.get("reserved_positions") or 0)
+    longest = _positions(graph) or asked or LENGTH
     if asked is None:
         return min(LENGTH, longest)
     if not 1 < asked <= longest:
         raise GrowkitError(f"sequences of {asked} tokens were asked for; the model takes 2 to {longest}")
     return asked
+
+
+def _positions(graph: LayerGraph) -> int | None:
+    """How many tokens a model has positions for; None where nothing says so.
+
+    Tables inside of blocks are looked up by something else, like the experts of an ONNX file.
+    """
+    held = [s for s, layer in graph.walk() for each in layer.parameters if "positions" in each.parsed.spaces]
+    if "positions" not in graph.sizes or (held and None not in held):
+        return None
+    return graph.sizes["positions"] - int(graph.attributes.get("reserved_positions") or 0)
 
 
 def sequences(
@@ -364,8 +374,7 @@ def tokenizer_of(model: Model) -> Any:
 
 def end_token(model: Model, tokenizer: Any) -> int | None:
     """The token that ends a document; None where the tokenizer has none."""
-    file = model.beside("tokenizer_config.json")
-    told = json.loads(file.read_text(encoding="utf-8")) if file is not None else {}
+    told = model.told_beside("tokenizer_config.json")
     named = [told.get("eos_token"), told.get("sep_token")]
     written = [each["content"] if isinstance(each, dict) else each for each in named if each]
     return _first(tokenizer, (*written, *ENDS))

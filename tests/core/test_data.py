@@ -193,6 +193,13 @@ def test_an_exported_files_tokenizer_lies_above_it(folder: Path) -> None:
     assert language_model().beside("tokenizer.json") is None
 
 
+@pytest.mark.parametrize(("content", "problem"), [("{", "cannot be read as JSON"), ("[]", "expected a JSON object")])
+def test_a_broken_file_beside_the_model_is_named(folder: Path, tmp_path: Path, content: str, problem: str) -> None:
+    (folder / "tokenizer_config.json").write_text(content)
+    (tmp_path / "text.txt").write_text("text")
+    assert f"tokenizer_config.json: {problem}" in refusal(language_model(folder), tmp_path / "text.txt")
+
+
 def test_tokens_are_hidden_by_the_recipe_of_bert() -> None:
     ids = np.random.default_rng(0).integers(10, VOCAB, (400, 128))
     ids[:, 0] = 3
@@ -360,6 +367,7 @@ def test_image_folders_are_scaled_as_the_model_says(pictures: Path, tmp_path: Pa
                 for channel, (m, s) in enumerate(zip((0.5, 0.25, 0.0), (0.5, 0.5, 0.25), strict=True))
             ]
             assert np.allclose(image, np.array(expected)[:, None, None], atol=1e-6)
+    assert len(batches) == 4
     (held,) = data.validation()
     assert set(held.labels) == {0, 1, 2}  # from all over, although the files lie class by class
 
