@@ -62,6 +62,12 @@ def test_exact_growth_starts_at_the_sources_loss(family: str, tokens: Path) -> N
     assert lossless.start_loss == pytest.approx(loss, rel=1e-4)
 
 
+def test_the_tables_of_experts_are_no_positions(tokens: Path) -> None:
+    source = growkit.read(str(make(next(file for file in FILES if file.name == "mixtral-legacy17-eager"))))
+    assert source.graph.sizes["positions"] < 10
+    assert read_data(source, tokens).batch(0).labels.shape == (2, 128)
+
+
 def test_inputs_are_given_in_the_types_that_a_file_declares(tokens: Path, tmp_path: Path) -> None:
     model = onnx.load(make(of_families("gpt2")[0]))
     graph = model.graph
