@@ -7,6 +7,7 @@ come from texts and files of tokens (:mod:`growkit.text`), from images (:mod:`gr
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -236,11 +237,12 @@ def _examples(
 def _of_directory(model: Model, path: Path, tokens: Callable[..., Sequences]) -> Examples:
     if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return _of_datasets(model, path, tokens)
-    idx = [each for each in sorted(path.iterdir()) if images.is_idx(each)]
-    if idx:
-        return images.idx_images(model, next((each for each in idx if each.name.startswith("train")), idx[0]))
-    if images.class_folders(path):
-        return images.image_folder(model, path)
+    if images.takes_images(model):  # a folder of text may hold images too
+        idx = [each for each in sorted(path.iterdir()) if images.is_idx(each)]
+        if idx:
+            return images.idx_images(model, next((each for each in idx if each.name.startswith("train")), idx[0]))
+        if images.class_folders(path):
+            return images.image_folder(model, path)
     texts = sorted(each for each in path.rglob("*") if each.suffix in TEXTS and each.is_file())
     if texts:
         return tokens(texts=map(text.read_text, texts))
@@ -293,8 +295,10 @@ def _of_datasets(model: Model, path: Path, tokens: Callable[..., Sequences]) -> 
         raise GrowkitError(f"{path}: cannot be read as a dataset with a split 'train' ({error})") from None
     columns = list(rows.column_names)
     if "input_ids" in columns:
-        runs = (np.asarray(row, dtype=np.int32) for row in _column(rows, "input_ids"))
-        return tokens(ids=np.concatenate([np.zeros(0, np.int32), *runs]))
+        ids = array("i")
+        for row in _column(rows, "input_ids"):
+            ids.frombytes(np.asarray(row, dtype=np.int32).tobytes())
+        return tokens(ids=np.frombuffer(ids, np.int32))
     if "text" in columns:
         return tokens(texts=([each] for each in _column(rows, "text")))
     if {"image", "label"} <= set(columns):

@@ -118,6 +118,11 @@ def format_of(model: Model) -> Format:
     return Format(port.name, int(size), channels, mean, std, told.get("resample", BILINEAR))
 
 
+def takes_images(model: Model) -> bool:
+    """Whether images are what a model takes."""
+    return any(port.kind == "image" for port in model.graph.inputs)
+
+
 def _image_port(model: Model) -> Port:
     ports = [port for port in model.graph.inputs if port.kind == "image"]
     if len(ports) != 1:

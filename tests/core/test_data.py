@@ -200,6 +200,12 @@ def test_a_broken_file_beside_the_model_is_named(folder: Path, tmp_path: Path, c
     assert f"tokenizer_config.json: {problem}" in refusal(language_model(folder), tmp_path / "text.txt")
 
 
+def test_pictures_among_texts_are_left_out(folder: Path, pictures: Path) -> None:
+    (pictures / "page.md").write_text(topics["if"])
+    ids = read_data(language_model(folder), pictures).examples.ids  # type: ignore[attr-defined]
+    assert ids.tolist() == told(folder).encode(topics["if"]).ids
+
+
 def test_tokens_are_hidden_by_the_recipe_of_bert() -> None:
     ids = np.random.default_rng(0).integers(10, VOCAB, (400, 128))
     ids[:, 0] = 3
@@ -349,7 +355,7 @@ def pictures(tmp_path: Path) -> Path:
         (tmp_path / "pictures" / name).mkdir(parents=True)
         for number in range(4):
             Image.new("RGB", (20 + number, 10), color).save(tmp_path / "pictures" / name / f"{number}.png")
-        (tmp_path / "pictures" / name / "notes.txt").touch()
+        (tmp_path / "pictures" / name / "notes.csv").touch()
     return tmp_path / "pictures"
 
 
