@@ -337,8 +337,8 @@ def methods(
     like: Like = None,
     data: Annotated[
         Path | None,
-        typer.Option("--data", metavar="FILE", help="Measure start losses on it: text, .npy or .bin tokens, or an .npz "
-                     "of named inputs and labels."),
+        typer.Option("--data", metavar="FILE", help="Measure start losses on it: text, .npy or .bin tokens, "
+                     "images, or an .npz of named inputs and labels."),
     ] = None,
     seed: Seed = 0,
     device: Device = "auto",
