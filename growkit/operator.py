@@ -14,7 +14,7 @@ rows that come from another layer than the old ones (AKI).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
@@ -50,8 +50,8 @@ Source = Callable[[str, int | None], Array]
 
 OPERATOR_FORMAT = 1
 
-DRAWN_AT_ONCE = 1 << 17
-"""About how many entries are drawn before they are put in their places: few enough to stay near the processor."""
+BLOCK = 1 << 17
+"""About how many entries of a tensor are worked on at once: few enough to stay in the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,8 @@ class Fresh:
         """The standard deviation of a tensor's fresh entries, given its trained ones."""
         if self.reference == "init":
             return self.init_std * self.scale
+        if isinstance(trained, np.ndarray):
+            return _std(trained) * self.scale
         return namespace(trained).std(trained, correction=0) * self.scale
 
     def draw(self, name: str, like: Array, shape: Sequence[int], where: np.ndarray | None = None) -> Array:
@@ -152,12 +154,11 @@ class Fresh:
         """The entries are drawn in storage order; how many at once changes nothing about them."""
         random = np.random.Generator(np.random.SFC64([self.seed, crc32(name.encode())]))  # the quickest of numpy's
         where = np.broadcast_to(True if where is None else where, onto.shape)
-        rows = max(1, DRAWN_AT_ONCE * len(onto) // max(onto.size, 1))
-        for start in range(0, len(onto), rows):
-            mask = np.ascontiguousarray(where[start : start + rows])
+        for rows in _blocks(onto):
+            mask = np.ascontiguousarray(where[rows])
             drawn = random.standard_normal(np.count_nonzero(mask), dtype=np.float32).astype(onto.dtype, copy=False)
             drawn *= std
-            onto[start : start + rows][mask] += drawn
+            onto[rows][mask] += drawn
         return onto
 
 
@@ -647,6 +648,19 @@ class _Noise:
         if len(alone) < len(self.null) or any(space.scale != 1 for space in self.null.values()):
             return None
         return reduce(np.logical_and, alone) | self.free if alone else self.free
+
+
+def _blocks(x: np.ndarray) -> Iterator[slice]:
+    """An array's rows, along its first axis, in blocks of about :data:`BLOCK` entries."""
+    rows = max(1, BLOCK * len(x) // max(x.size, 1))
+    return (slice(start, start + rows) for start in range(0, len(x), rows))
+
+
+def _std(x: np.ndarray) -> float:
+    """The standard deviation of all entries; numpy's own holds a second array of the size of ``x``."""
+    mean = x.mean(dtype=np.float64).astype(x.dtype)
+    squares = sum(float(np.square(x[rows] - mean).sum()) for rows in _blocks(x))
+    return float((squares / x.size) ** 0.5)
 
 
 def _is_own(grown: Array, sources: Sequence[Array]) -> bool:
