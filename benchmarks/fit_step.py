@@ -16,7 +16,7 @@ was a model.
 | mixed ffn | `growkit.fit(structure={"ffn": "source"})`: the units behind the activation mixed too |
 | no fresh | `growkit.fit` from copies, without fresh entries Z |
 | depth | `growkit.fit(learn=("depth",))`: the blends of layers alone |
-| keeping, running again | `growkit.fit` with none or all of the blocks run again for their gradients; as it comes, half |
+| keeping, running again | none or all of the blocks run again for their gradients; as it comes, half |
 | published | the paper's equation written out: every large weight made in each step and kept for the gradient |
 """
 

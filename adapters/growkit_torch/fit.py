@@ -122,6 +122,7 @@ class Fit:
     # --- the loop ----------------------------------------------------------------------------------------------------
 
     def run(self) -> GrowthOperator:
+        """Do the steps that are left, and give the operator."""
         if self.to.resume and self.to.checkpoint is not None and self.to.checkpoint.exists():
             self._restore(self.to.checkpoint)
         began, tokens = time.perf_counter(), 0
