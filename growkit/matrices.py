@@ -625,7 +625,8 @@ class ColumnBlocks(Matrix):
 
     @property
     def support(self) -> np.ndarray:
-        return np.logical_or.reduce([block.support for block in self.blocks])
+        rows: np.ndarray = np.logical_or.reduce([block.support for block in self.blocks])
+        return rows
 
 
 @final

@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
 from itertools import product as product_of
+from math import prod
 from operator import add
 from pathlib import Path
 from typing import Any, Literal
@@ -404,6 +405,21 @@ class GrowthOperator:
     def blend_of(self, target: Tensor) -> Any:
         """``w`` of the target's slot, ``(L2, L1)``."""
         return self.blend.get(target.key, self.blend[str(target.stack)])
+
+    def multiplications(self, target: Tensor) -> int:
+        """Multiplications to make a tensor: its blend's, and those of the matrices of its axes, one after the other."""
+        matrices = [self.axis_matrix(target, axis) for axis in range(len(target.shape))]
+        shape = [matrix.shape[1] for matrix in matrices]
+        mixed = (
+            0
+            if target.stack is None
+            else int(np.count_nonzero(np.asarray(self.blend_of(target))[..., target.layer, :]))
+        )
+        total = prod(shape) * mixed if mixed > 1 else 0
+        for axis, matrix in enumerate(matrices):
+            total += matrix.multiplications * prod(shape[:axis] + shape[axis + 1 :])
+            shape[axis] = matrix.shape[0]
+        return total
 
     def layer_map(self, stack: str) -> list[int]:
         """For each target layer of ``stack`` the source layer with the largest weight."""

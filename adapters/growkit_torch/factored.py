@@ -41,8 +41,8 @@ class Fresh:
         if entries[:o, :i].any():
             return cls.whole(entries)
         places = ((slice(0, o), slice(i, I)), (slice(o, O), slice(0, I)))
-        parts = ((entries[rows, columns], rows, columns) for rows, columns in places)
-        return cls((O, I), tuple((part.clone(), *place) for part, *place in parts if part.numel() and part.any()))
+        parts = ((entries[rows, columns].clone(), rows, columns) for rows, columns in places)
+        return cls((O, I), tuple(part for part in parts if part[0].numel() and part[0].any()))
 
     @classmethod
     def whole(cls, entries: torch.Tensor) -> Fresh:
@@ -111,7 +111,7 @@ class Columns:
     def parts(self, sizes: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
         """The parts of these sizes."""
         if sizes not in self._parts:
-            self._parts[sizes] = torch.split(self.x, sizes, dim=-1)
+            self._parts[sizes] = torch.split(self.x, list(sizes), dim=-1)
         return self._parts[sizes]
 
     def between(self, columns: slice) -> torch.Tensor:
@@ -301,7 +301,9 @@ class GrownWeight(torch.Tensor):
         return func(*map(_made, args), **{name: _made(value) for name, value in kwargs.items()})
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Below torch's functions nothing knows the factors."""
         return func(*map(_made, args), **{name: _made(value) for name, value in (kwargs or {}).items()})
 
@@ -366,6 +368,11 @@ def _turned(weight: Any, *axes: Any) -> Any:
     return GrownWeight(weight.factors, not weight.turned)
 
 
+def _getter(name: str) -> Any:
+    """What torch calls to get an attribute of a tensor."""
+    return getattr(torch.Tensor, name).__get__
+
+
 _PRODUCTS: dict[Any, Callable[..., Any]] = {
     F.linear: _linear,
     torch.matmul: _matmul,
@@ -384,26 +391,30 @@ _PRODUCTS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.t: _turned,
     torch.transpose: _turned,
     torch.Tensor.transpose: _turned,
-    torch.Tensor.T.__get__: _turned,
-    torch.Tensor.mT.__get__: _turned,
+    **{_getter(name): _turned for name in ("T", "mT")},
 }
 """What knows the factors; each gives NotImplemented where it does not know them after all."""
 
 _FACTS = {
-    torch.Tensor.shape.__get__,
-    torch.Tensor.dtype.__get__,
-    torch.Tensor.device.__get__,
-    torch.Tensor.layout.__get__,
-    torch.Tensor.ndim.__get__,
-    torch.Tensor.requires_grad.__get__,
-    torch.Tensor.is_meta.__get__,
-    torch.Tensor.is_cuda.__get__,
-    torch.Tensor.is_cpu.__get__,
-    torch.Tensor.is_sparse.__get__,
-    torch.Tensor.is_nested.__get__,
-    torch.Tensor.is_quantized.__get__,
-    torch.Tensor.is_leaf.__get__,
-    torch.Tensor.grad_fn.__get__,
+    *map(
+        _getter,
+        (
+            "shape",
+            "dtype",
+            "device",
+            "layout",
+            "ndim",
+            "requires_grad",
+            "is_meta",
+            "is_cuda",
+            "is_cpu",
+            "is_sparse",
+            "is_nested",
+            "is_quantized",
+            "is_leaf",
+            "grad_fn",
+        ),
+    ),
     torch.Tensor.size,
     torch.Tensor.dim,
     torch.Tensor.numel,

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,6 @@ from growkit.data import Data
 from growkit.fit import Progress, Run
 from growkit.grow import grow
 from growkit.loss import IGNORED, Batch
-from growkit.methods import is_tied
 from growkit.model import Model
 from growkit.operator import GrowthOperator
 from growkit.plan import Plan
@@ -84,8 +84,6 @@ class Fit:
     """One fit, from its first step or from a checkpoint to its end."""
 
     def __init__(self, model: Model, plan: Plan, data: Data, settings: FitSettings, run: Run, world: World) -> None:
-        if settings.tied is None:
-            settings = settings.model_copy(update={"tied": is_tied(plan.method)})
         self.plan, self.data, self.settings, self.world = plan, data, settings, world
         self.to = run
         device = world.device
@@ -95,8 +93,7 @@ class Fit:
         self.growing = Growing(
             model,
             large,
-            start=plan.operator,
-            settings=settings,
+            learnable=replace(plan, target=large.graph).learnable(settings),
             forward=forward,
             loss=loss,
             device=device,
@@ -116,7 +113,8 @@ class Fit:
         if self.to.sharded:
             from torch.distributed.fsdp import fully_shard
 
-            return fully_shard(self.growing)
+            fully_shard(self.growing)
+            return self.growing
         return torch.nn.parallel.DistributedDataParallel(self.growing, find_unused_parameters=True)
 
     # --- the loop ----------------------------------------------------------------------------------------------------
@@ -188,8 +186,9 @@ class Fit:
 
     def _alone(self, more: bool) -> AbstractContextManager[Any]:
         """Gradients are shared with the other processes once, after the last part."""
-        waits = more and isinstance(self.module, torch.nn.parallel.DistributedDataParallel)
-        return self.module.no_sync() if waits else nullcontext()
+        if more and isinstance(self.module, torch.nn.parallel.DistributedDataParallel):
+            return self.module.no_sync()
+        return nullcontext()
 
     def _precision(self) -> AbstractContextManager[Any]:
         half = self.settings.precision == "bfloat16"

@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from growkit.adapters import BareForward
+from growkit.learnable import Learnable
 from growkit.model import Model
 from growkit.operator import GrowthOperator
 from growkit.weights import Grower, refuse_nonfinite
-from growkit_specs import FitSettings, Tensor
+from growkit_specs import Tensor
 from growkit_torch.factored import Factors, Fresh, GrownWeight, Reads
 from growkit_torch.learned import LearnedOperator, is_factored
 from growkit_torch.losses import LABELS, Loss
@@ -46,8 +48,7 @@ class Growing(torch.nn.Module):
     Args:
         model: The source.
         large: The larger model; its weights are not asked for.
-        settings: What is learned, and how grown weights act.
-        start: The operator to begin with.
+        learnable: What is learned.
         forward: Runs the larger model.
         loss: The loss.
         device: Where the tensors lie.
@@ -59,28 +60,27 @@ class Growing(torch.nn.Module):
         model: Model,
         large: Model,
         *,
-        start: GrowthOperator,
-        settings: FitSettings,
+        learnable: Learnable,
         forward: BareForward,
         loss: Loss,
         device: str,
         source_forward: BareForward | None = None,
     ) -> None:
         super().__init__()
-        self.settings, self.loss = settings, loss
-        self.dtype = getattr(torch, settings.dtype)
+        self.settings, self.loss = learnable.settings, loss
+        self.dtype = getattr(torch, self.settings.dtype)
         self.run, self.run_source = forward, source_forward
         self.sources = [tensor.name for tensor in model.graph.tensors()]
         self.targets = list(large.graph.tensors())
-        self.names = Grower(model, start).names
+        self.names = Grower(model, learnable.start).names
         self.frozen = torch.nn.ParameterList()
         self.held: dict[str, Held] = {}
         self._hold(model, device)
         weights = {name: self._frozen(name) for held in self.held.values() for name in held.names}
-        self.learned = LearnedOperator(start, model.graph, large.graph, settings, weights).to(device)
+        self.learned = LearnedOperator(learnable, weights).to(device)
         self.fresh: dict[str, Fresh] = {}
         self.entries: dict[str, torch.Tensor] = {}
-        self._draw(start)
+        self._draw(learnable.start)
         self.readers = _readers(self.targets)
 
     def _hold(self, model: Model, device: str) -> None:
@@ -126,7 +126,7 @@ class Growing(torch.nn.Module):
                 if Z is None:
                     continue
                 Z = torch.as_tensor(Z, dtype=self.dtype, device=self.frozen[0].device)
-                if target.name in self.learned.learned_residuals:
+                if target.name in self.learned.learnable.residuals:
                     self.learned.set_residual(target.name, Z)
                 elif is_factored(operator, target):
                     self.fresh[target.name] = Fresh.of(Z, self._shape(target))
@@ -176,7 +176,7 @@ class Growing(torch.nn.Module):
     def _blends(self, operator: GrowthOperator) -> dict[str, tuple[torch.Tensor, ...]]:
         """``w W`` of every slot whose blend is learned: one product for all of its target layers."""
         blends = {}
-        for key in self.learned.learned_blends():
+        for key in self.learned.learnable.blends:
             held = self.held[key]
             if self.learned.source_weight(held.names[0]) is None and held.stacked:
                 entry = self.frozen[held.entry]
@@ -188,8 +188,9 @@ class Growing(torch.nn.Module):
         return blends
 
     def _fresh(self, operator: GrowthOperator, target: Tensor) -> Fresh | None:
-        if target.name in self.learned.learned_residuals:
-            return Fresh.whole(operator.residual[target.name])
+        if target.name in self.learned.learnable.residuals:
+            Z: Any = operator.residual[target.name]
+            return Fresh.whole(Z)
         return self.fresh.get(target.name)
 
     def _settled(self, factors: Factors, rows: int) -> Factors:
