@@ -124,8 +124,9 @@ class BareModule:
             raise GrowkitError(f"{type(self.module).__name__} has no place for the tensor {min(missing)}")
         self.clear()
         self.module.to(self.device)
-        if getattr(self.module, "config", None) is not None:
-            self.module.config.use_cache = False
+        for part in self.module.modules():  # an encoder and a decoder have a config each
+            if getattr(part, "config", None) is not None:
+                part.config.use_cache = False
         blocks = self._blocks()
         self.checkpointed = round((0.5 if checkpointing is None else checkpointing) * len(blocks))
         for block in blocks[: self.checkpointed]:

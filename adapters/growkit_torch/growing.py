@@ -129,7 +129,9 @@ class Growing(torch.nn.Module):
                 if target.name in self.learned.learnable.residuals:
                     self.learned.set_residual(target.name, Z)
                 elif is_factored(operator, target):
-                    self.fresh[target.name] = Fresh.of(Z, self._shape(target))
+                    fresh = Fresh.of(Z, self._shape(target))
+                    if fresh.parts:
+                        self.fresh[target.name] = fresh
                 else:
                     self.entries[target.name] = Z
 

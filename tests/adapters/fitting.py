@@ -28,7 +28,9 @@ def ready(model: growkit.Model, plan: Plan, *, seed: int | None = None, data: An
         data: Batches.
         settings: How it is fitted.
     """
-    fit = Fit(model, plan, growkit.as_data(data or [{"x": np.zeros(1)}]), FitSettings.of(**settings), run(), World("cpu"))
+    fit = Fit(
+        model, plan, growkit.as_data(data or [{"x": np.zeros(1)}]), FitSettings.of(**settings), run(), World("cpu")
+    )
     if seed is not None:
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -109,17 +111,17 @@ def along(matrix: torch.Tensor, W: torch.Tensor, axis: int) -> torch.Tensor:
     return torch.movedim(torch.tensordot(matrix, W, dims=([1], [axis])), 0, axis)
 
 
-def grown(fit: Fit, target: Tensor, operator: GrowthOperator) -> torch.Tensor:
+def grown(fit: Fit, model: growkit.Model, target: Tensor, operator: GrowthOperator) -> torch.Tensor:
     """``sum_r sum_j w_rtj B_r W_j A_r^T + Z``, layer by layer and axis by axis."""
     growing = fit.growing
     roles = target.parameter.parsed.roles
     if "scale" in roles:  # what a norm's scale becomes is no matrix of this equation
         return operator.grow(target, growing.source)
     start = fit.plan.operator
-    if target.name in fit.learned.learned_residuals:
-        Z = operator.residual[target.name]
+    if target.name in fit.learned.learnable.residuals:
+        Z: Any = operator.residual[target.name]
     else:
-        Z = start.residual_for(target, lambda key, layer: _as_read(fit, key, layer))
+        Z = start.residual_for(target, lambda key, layer: _as_read(fit, model, growing.names[key, layer]))
     scale = target.owner.parameter("layer_scale")
     folded = scale is not None and scale is not target.parameter and operator.is_folded(target)
     total = torch.zeros(target.shape, dtype=torch.float64)
@@ -140,9 +142,9 @@ def grown(fit: Fit, target: Tensor, operator: GrowthOperator) -> torch.Tensor:
     return total if Z is None else total + Z
 
 
-def _as_read(fit: Fit, key: str, layer: int | None) -> torch.Tensor:
+def _as_read(fit: Fit, model: growkit.Model, name: str) -> torch.Tensor:
     """A source tensor as it was before it was learned, if it was."""
-    return torch.as_tensor(np.asarray(fit.growing.source_model.weights[fit.growing.names[key, layer]]))
+    return torch.as_tensor(np.asarray(model.weights[name])).to(fit.growing.dtype)
 
 
 def _weights(operator: GrowthOperator, target: Tensor, r: int) -> list[tuple[int | None, Any]]:
@@ -156,7 +158,7 @@ def _weights(operator: GrowthOperator, target: Tensor, r: int) -> list[tuple[int
 def dense_loss(fit: Fit, model: growkit.Model, batch: dict[str, np.ndarray]) -> torch.Tensor:
     """The cross-entropy of the larger module, whose tensors the dense equation makes."""
     operator = fit.learned.operator()
-    weights = {target.name: grown(fit, target, operator) for target in fit.growing.targets}
+    weights = {target.name: grown(fit, model, target, operator) for target in fit.growing.targets}
     large = growkit.grow(model, fit.plan.operator, outputs="grow")
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     forward = model.adapter.forward(large, "cpu")

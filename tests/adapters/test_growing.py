@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -22,11 +21,11 @@ CLASSES = {
 }
 WIDER = {"hidden": 36, "ffn": 60}
 LARGER = WIDER | {"layers": 3}
-UNEVEN = {"hidden": 34, "heads": 4, "ffn": 55, "layers": 3}
+UNEVEN = {"hidden": 32, "heads": 4, "head_dim": 8, "ffn": 55, "layers": 3}
 EVERYTHING = ("depth", "width", "norms", "residual")
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str, dict[str, Any]]] = {
     "llama": ("llama", {}, LARGER | {"kv_heads": 3}, "lossless", {}),
-    "llama-tied": ("llama", {"tie_word_embeddings": True}, UNEVEN | {"head_dim": 6}, "lemon", {}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}, UNEVEN, "lossless", {}),
     "llama-dense": ("llama", {}, LARGER, "lossless", {"structure": {"hidden": "dense", "ffn": "dense"}}),
     "llama-heads": ("llama", {}, WIDER | {"hidden": 48, "kv_heads": 4, "heads": 8, "layers": 3}, "lemon",
                     {"structure": {"(kv_heads group head_dim)": "dense", "(kv_heads head_dim)": "dense"}}),
@@ -52,7 +51,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str, dict[str, Any]]
     "dinov2-dense": ("dinov2", {}, {"hidden": 36, "layers": 3}, "lemon", {"structure": {"hidden": "dense"}}),
     "t5": ("t5", {}, {"hidden": 36, "ffn": 60, "layers": 4}, "lossless", {}),
 }  # fmt: skip
-WAYS = (("factored", 1.0),)
+WAYS = (("factored", 0.0), ("materialised", 0.0), ("auto", 0.5), ("factored", 1.0))
 
 
 def source_of(architecture: str, **config: Any) -> growkit.Model:
@@ -83,5 +82,43 @@ def test_every_way_to_act_is_the_dense_equation(case: str) -> None:
         ours = fit.growing(tensors(batch))
         assert_close(ours, loss, of=abs(loss.item()), name="loss")
         found = gradients(fit, ours)
-        for name, mine, theirs in zip(fit.learned.names, found, expected, strict=True):
+        for name, mine, theirs in zip(fit.learned.learnable.names, found, expected, strict=True):
             assert_close(mine, theirs, of=largest, name=f"{strategy} {checkpointing} {name}")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "sizes", "method"),
+    [
+        ("llama", LARGER | {"kv_heads": 3}, "lossless"),
+        ("llama", LARGER, "lemon"),
+        ("llama", {"layers": 4}, "llama_pro"),
+        ("gpt2", {"hidden": 36, "layers": 3}, "lossless"),
+        ("gpt2", {"hidden": 48}, "fpi"),
+        ("bert", {"hidden": 48, "ffn": 80}, "lossless"),
+        ("vit", LARGER, "lemon"),
+        ("dinov2", {"hidden": 48, "layers": 3}, "lossless"),
+        ("t5", {"hidden": 36, "ffn": 60, "layers": 4}, "lossless"),
+    ],
+)
+@pytest.mark.parametrize("strategy", ["factored", "materialised"])
+def test_an_exact_start_has_the_loss_of_the_source(
+    architecture: str, sizes: dict[str, Any], method: str, strategy: str
+) -> None:
+    source = source_of(architecture)
+    plan = growkit.plan(source, method=method, **sizes)
+    assert plan.preserving
+    batch = batch_for(source)
+    learn = ("depth", "width", "norms", "residual")
+    fit = ready(source, plan, strategy=strategy, precision="float64", checkpointing=0.0, learn=learn)
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    expected = start_loss(source, Batch(inputs, batch["labels"]), device="cpu")
+    assert fit.growing(tensors(batch)).item() == pytest.approx(expected, rel=1e-10)
+
+
+def test_what_is_run_again_sees_what_was_seen() -> None:
+    """An encoder and a decoder have a configuration each, and caches would give the second run what the first kept."""
+    source = source_of("t5")
+    fit = ready(source, growkit.plan(source, layers=4), checkpointing=1.0)
+    configs = [part.config for part in fit.growing.run.module.modules() if hasattr(part, "config")]
+    assert len({id(config) for config in configs}) > 1
+    assert not any(config.use_cache for config in configs)
