@@ -17,11 +17,12 @@ from growkit.operator import GrowthOperator
 from growkit.plan import Plan, plan
 from growkit.verdict import Verdict
 from growkit.verify import Report, verify
-from growkit_specs import GrowkitError, LayerGraph, Recipe, Target
+from growkit_specs import FitSettings, GrowkitError, LayerGraph, Recipe, Target
 
 __version__ = "0.1.0"
 __all__ = [
     "Adapter",
+    "FitSettings",
     "GrowkitError",
     "GrowthOperator",
     "LayerGraph",

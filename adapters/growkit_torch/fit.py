@@ -16,6 +16,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -88,7 +89,13 @@ class Fit:
         self.to = run
         device = world.device
         large = grow(model, plan.operator, outputs="grow")
-        forward = model.adapter.bare(large, device, dtype=settings.dtype, checkpointing=settings.checkpointing)
+        forward = model.adapter.bare(
+            large,
+            device,
+            dtype=settings.dtype,
+            checkpointing=settings.checkpointing,
+            compiled=settings.compile,
+        )
         loss = loss_named(settings.loss, model.graph)
         self.growing = Growing(
             model,
@@ -265,7 +272,14 @@ class Fit:
         for free in ("validate_every", "patience", "accumulate", "strategy", "checkpointing", "compile"):
             told.pop(free)
         recipe = self.plan.recipe
-        return {"settings": told, "method": recipe.method, "target": recipe.target.requested(), "seed": recipe.seed}
+        first = self._batch(0)
+        return {
+            "settings": told,
+            "method": recipe.method,
+            "target": recipe.target.requested(),
+            "seed": recipe.seed,
+            "first batch": crc32(b"".join(first[name].numpy().tobytes() for name in sorted(first))),
+        }
 
 
 def as_tensors(batch: Batch) -> dict[str, Any]:

@@ -220,6 +220,19 @@ Strategy = Literal["auto", "factored", "materialised"]
 """How a grown weight acts in a fit: as its factors one after the other, or as the matrix that they make."""
 
 
+def _listed(value: object) -> object:
+    """``"depth,width"``."""
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+def _by_name(value: object) -> object:
+    """``"hidden=dense,ffn=source"``."""
+    if not isinstance(value, str):
+        return value
+    pairs = [part.partition("=") for part in value.split(",") if part.strip()]
+    return {name.strip(): structure.strip() for name, _, structure in pairs}
+
+
 class FitSettings(Spec):
     """How an operator is learned.
 
@@ -250,8 +263,8 @@ class FitSettings(Spec):
         seed: The seed of the data's order.
     """
 
-    learn: tuple[Learned, ...] = ("depth", "width")
-    structure: dict[str, Structure] = Field(default_factory=dict)
+    learn: Annotated[tuple[Learned, ...], BeforeValidator(_listed)] = ("depth", "width")
+    structure: Annotated[dict[str, Structure], BeforeValidator(_by_name)] = Field(default_factory=dict)
     tied: bool | None = None
     per_layer: bool = False
     steps: int = Field(default=100, ge=1)
@@ -308,6 +321,8 @@ class Recipe(Spec):
         check: Whether the grown model is verified against the source before it is put in place.
         outputs: What becomes of outputs that live in a space that grows; None leaves it to the format.
         kv_cache: What becomes of cached keys and values among the inputs; None leaves it to the format.
+        fit: How the operator is learned before the model is grown; None for the method's own operator.
+        data: What it is learned on, a path.
     """
 
     source: str
@@ -327,6 +342,8 @@ class Recipe(Spec):
     check: bool = False
     outputs: OutputPolicy | None = None
     kv_cache: CachePolicy | None = None
+    fit: FitSettings | None = None
+    data: str | None = None
 
     @property
     def signature(self) -> Signature:
@@ -335,7 +352,7 @@ class Recipe(Spec):
 
     def to_yaml(self) -> str:
         """The recipe as YAML text; what was left to its default is left out, but for method and seed."""
-        told = self.model_dump(exclude_none=True)
+        told = self.model_dump(mode="json", exclude_none=True)
         default = {name for name in ("dtype", "check") if told[name] == Recipe.model_fields[name].default}
         return yaml.safe_dump({name: value for name, value in told.items() if name not in default}, sort_keys=False)
 
