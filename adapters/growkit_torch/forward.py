@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -139,6 +140,7 @@ class BareModule:
         self.checkpointed = round((usual if checkpointing is None else checkpointing) * len(blocks))
         for block in blocks[: self.checkpointed]:
             block.forward = _run_again(block.forward)
+        self._names = [p.name for p in signature(self.module.forward).parameters.values() if p.kind != p.VAR_KEYWORD]
         self._run = torch.compile(self.module) if compiled else self.module
 
     def __call__(self, inputs: Mapping[str, Any], weights: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,6 +149,8 @@ class BareModule:
 
         for place in self._places:
             place.holder._parameters[place.name] = weights[place.tensor.name]
+        if unknown := sorted(inputs.keys() - self._names):
+            raise GrowkitError(f"the model has no input {unknown[0]}; it takes {', '.join(self._names)}")
         given = {name: torch.as_tensor(value, device=self.device) for name, value in inputs.items()}
         given = {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in given.items()}
         with _by_default(self.dtype):
