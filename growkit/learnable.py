@@ -129,7 +129,7 @@ class Learnable:
             return Expansion(write=B, read=A, seen=C)
 
     def _learnable(self) -> Iterator[tuple[str, Axis, list[str], bool]]:
-        """The spaces that may be learned: the key of their expansions, the layers they stand in, whether they are read."""
+        """What may be learned: the key of its expansions, its axis, the layers it stands in, and whether it is read."""
         found: dict[str, tuple[Axis, dict[str, None]]] = {}
         read: set[str] = set()
         named = (key.partition("[")[0].partition("@")[0] for key in (*self.settings.structure, *self.start.expansions))

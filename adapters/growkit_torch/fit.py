@@ -300,7 +300,7 @@ class Fit:
             write_state(self.to.checkpoint, state, self._identity())
 
     def _restore(self, path: Path) -> None:
-        state = read_state(path, self._identity())
+        state = read_state(path, self._identity(), self.learned.learnable.shapes)
         state.put(self.learned, self.optimizer)
         self.step, self.best, self.waited = state.step, state.best, state.waited
 
