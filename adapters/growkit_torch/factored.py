@@ -304,7 +304,7 @@ class GrownWeight(torch.Tensor):
         kwargs = dict(kwargs or {})
         if func in _FACTS:
             return super().__torch_function__(func, types, args, kwargs)
-        known = _PRODUCTS.get(func)
+        known = _PRODUCTS.get(func) if not _OPERANDS & kwargs.keys() else None
         result = known(*args, **kwargs) if known is not None else NotImplemented
         if result is not NotImplemented:
             return result
@@ -355,7 +355,7 @@ def _embedding(
     sparse: bool = False,
 ) -> Any:
     """Padding has no gradient of its own here, and none flows into the source's rows anyway."""
-    if not isinstance(weight, GrownWeight) or weight.turned or max_norm is not None:
+    if not isinstance(weight, GrownWeight) or weight.turned or max_norm is not None or scale_grad_by_freq:
         return NotImplemented
     return weight.factors.rows(index)
 
@@ -393,7 +393,7 @@ _PRODUCTS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.__rmatmul__: lambda weight, x: _matmul(x, weight),
     torch.addmm: _addmm,
     F.embedding: _embedding,
-    torch.embedding: lambda weight, index, *rest, **kwargs: _embedding(index, weight),
+    torch.embedding: lambda weight, index, padding_idx=-1, *how: _embedding(index, weight, None, None, 2.0, *how),
     torch.index_select: _index_select,
     torch.Tensor.index_select: _index_select,
     torch.Tensor.to: _same,
@@ -404,6 +404,9 @@ _PRODUCTS: dict[Any, Callable[..., Any]] = {
     **{_getter(name): _turned for name in ("T", "mT")},
 }
 """What knows the factors; each gives NotImplemented where it does not know them after all."""
+
+_OPERANDS = {"input", "self", "other", "mat1", "mat2", "mat", "dim0", "dim1"}
+"""Operands that torch's own code never gives by name; where they are, the matrix is taken."""
 
 _FACTS = {
     *map(
