@@ -228,7 +228,7 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(GrowkitError, match=r"the checkpoint cannot be written \(No space left on device\)"):
-        fitted(checkpoint=path, **{"steps": 4})
+        fitted(checkpoint=path, steps=4)
     assert [each.name for each in tmp_path.iterdir()] == ["state.safetensors"]
     assert path.read_bytes() == before  # the one before is whole
 
