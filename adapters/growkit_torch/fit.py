@@ -6,12 +6,13 @@ Whatever way a batch is shared out, among processes or one part after the other,
 
 from __future__ import annotations
 
+import atexit
 import json
 import math
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
@@ -46,8 +47,7 @@ def fit(model: Model, plan: Plan, data: Data, settings: FitSettings, run: Run) -
     Raises:
         GrowkitError: For what cannot be learned, data that does not fit, or a loss that is not finite.
     """
-    with _processes(run) as world:
-        return Fit(model, plan, data, settings, run, world).run()
+    return Fit(model, plan, data, settings, run, joined(run)).run()
 
 
 class World:
@@ -65,21 +65,29 @@ class World:
         self.device = device
 
 
-@contextmanager
-def _processes(run: Run) -> Iterator[World]:
-    """The processes that ``torchrun`` started; where they are joined already they are left so."""
+def joined(run: Run) -> World:
+    """The processes that ``torchrun`` started, which are joined at the first fit and stay so until they end.
+
+    Raises:
+        GrowkitError: Where there are more of them than GPUs.
+    """
     device = device_named(run.device)
-    joins = "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized()
-    if device == "cuda" and "LOCAL_RANK" in os.environ:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    if joins:
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    try:
-        yield World(device)
-    finally:
-        if joins:
-            dist.destroy_process_group()
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if device == "cuda":
+        if local >= torch.cuda.device_count():
+            raise GrowkitError(
+                f"process {local} has no GPU of its own; start as many as there are, {torch.cuda.device_count()}"
+            )
+        torch.cuda.set_device(local)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        atexit.register(_leave)
+    return World(device)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class Fit:
