@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
@@ -197,26 +197,32 @@ class Fit:
 
     def _losses(self, batch: Mapping[str, Any], *, backward: bool) -> float:
         """The loss of a batch: the mean over its parts, each weighed by what counts in it."""
-        parts = list(_split(batch, self.world.size * self.settings.accumulate))
+        wanted = self.world.size * self.settings.accumulate
+        if not backward:  # the last batch of a validation split may be small
+            wanted = min(wanted, *map(len, batch.values()))
+        parts = list(_split(batch, wanted))
         counts = [self._counted(part) for part in parts]
-        mine = list(zip(parts, counts, strict=True))[self.world.rank :: self.world.size]
+        spare = -len(parts) % self.world.size  # every process has as many parts to run, some of which count nothing
+        shares = [*zip(parts, counts, strict=True), *[(parts[0], 0)] * spare]
+        mine = shares[self.world.rank :: self.world.size]
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for i, (part, count) in enumerate(mine):
-            with self._alone(i + 1 < len(mine)), self._precision():
-                loss = self._loss(part)
-                weighed = loss * (count / max(sum(counts), 1))
-            if backward:
-                (weighed * self.world.size).backward()
+            with self._told(part), self._alone(i + 1 < len(mine)):
+                with self._precision():
+                    weighed = self.module(part) * (count / max(sum(counts), 1))
+                if backward:
+                    (weighed * self.world.size).backward()
             total += weighed.detach()
             self.growing.run.clear()
         if self.world.size > 1:
             dist.all_reduce(total)
         return float(total)
 
-    def _loss(self, part: Mapping[str, Any]) -> torch.Tensor:
-        """The loss of a part; what torch has to say about one that it cannot run is told in one line."""
+    @contextmanager
+    def _told(self, part: Mapping[str, Any]) -> Iterator[None]:
+        """What torch has to say about a part that it cannot run is told in one line."""
         try:
-            loss: torch.Tensor = self.module(part)
+            yield
         except torch.OutOfMemoryError as error:
             raise GrowkitError(
                 f"step {self.step + 1}: out of memory; take a smaller batch, more of accumulate, or checkpointing=1"
@@ -227,7 +233,6 @@ class Fit:
             given = ", ".join(f"{name} {list(value.shape)}" for name, value in part.items())
             told = " ".join(str(error).split())[:300]
             raise GrowkitError(f"step {self.step + 1}: the model cannot be run on {given}: {told}") from error
-        return loss
 
     def _counted(self, batch: Mapping[str, Any]) -> int:
         """How many entries of a batch a loss is the mean of: its labels that count, or its examples."""

@@ -285,10 +285,12 @@ def test_the_validation_loss_is_the_mean_over_labels() -> None:
     data = growkit.as_data(given[2:], validation=given[:2])
     operator, steps = fitted(data, steps=1, **EXACT)
     large = growkit.grow(llama(), operator, dtype="float64")
+    again = fitted(data, steps=1, accumulate=4, **EXACT)[1]  # of the held-out batches one has two examples
     counts = [int((batch["labels"] != -100).sum()) for batch in given[:2]]
     expected = sum(n * loss_of(large, batch) for n, batch in zip(counts, given, strict=False)) / sum(counts)
     assert counts[0] != counts[1]
     assert steps[-1].validation == pytest.approx(expected, rel=1e-9)
+    assert again[-1].validation == pytest.approx(expected, rel=1e-9)
 
 
 def test_patience_stops_early_and_gives_the_best_back() -> None:

@@ -33,12 +33,18 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+def data() -> Any:
+    """Batches, and for validation one that cannot be shared out."""
+    alone = {name: value[:1] for name, value in lame()[0].items()}
+    return growkit.as_data(lame(), validation=[alone])
+
+
 def fit_all(folder: Path) -> None:
     """What each of the processes does: every case in full, and two that are broken off in the middle and go on."""
     rank = int(os.environ["RANK"])
     for name, told in CASES.items():
         files = {"log": folder / f"{name}.jsonl", "checkpoint": folder / f"{name}.state"}
-        operator, _ = fitted(lame(), **files, **{**TOLD, **told})
+        operator, _ = fitted(data(), **files, **{**TOLD, **told})
         operator.save(folder / f"{name}.{rank}.operator")
     for name in ("ddp", "fsdp"):
         told = {**TOLD, **CASES[name], "checkpoint": folder / f"{name}.half"}
@@ -105,7 +111,7 @@ def _script(path: Path) -> str:
 @cache
 def alone(learn: tuple[str, ...] | None) -> tuple[GrowthOperator, list[Any]]:
     """The fit in one process."""
-    return fitted(lame(), **TOLD, **({} if learn is None else {"learn": learn}))
+    return fitted(data(), **TOLD, **({} if learn is None else {"learn": learn}))
 
 
 def told_by(log: Path) -> list[dict[str, Any]]:
@@ -126,6 +132,7 @@ def test_processes_give_the_numbers_of_one(case: str, folder: Path) -> None:
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert [line["loss"] for line in lines] == pytest.approx(losses(steps), rel=1e-9)
     assert [line["gradient"] for line in lines] == pytest.approx([each.gradient for each in steps], rel=1e-9)
+    assert lines[-1]["validation"] == pytest.approx(steps[-1].validation, rel=1e-9)
     assert [line["tokens"] for line in lines] == [each.tokens for each in steps]
     for rank in (0, 1):
         assert_near(GrowthOperator.load(folder / f"{case}.{rank}.operator"), operator)
