@@ -207,6 +207,8 @@ class Fit:
         mine = shares[self.world.rank :: self.world.size]
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for i, (part, count) in enumerate(mine):
+            if count == 0 and self.world.size == 1:  # alone, for several have to run as many parts
+                continue
             with self._told(part), self._alone(i + 1 < len(mine)):
                 with self._precision():
                     weighed = self.module(part) * (count / max(sum(counts), 1))
