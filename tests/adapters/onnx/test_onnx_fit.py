@@ -18,8 +18,8 @@ from tests.adapters.onnx.zoo import SLICE, inputs, make
 from tests.adapters.test_fit import fitted
 
 FILES = {file.name: file for file in SLICE}
-CAUSAL = ("gpt2-legacy17-eager", "llama-dynamo18-sdpa", "gpt2-legacy17-eager-fused", "llama-legacy17-eager-fused")
-OTHERS = ("bert-mlm-legacy17-eager", "bert-cls-legacy17-eager", "t5-legacy17-eager")
+QUICK = ("gpt2-legacy17-eager", "llama-dynamo18-sdpa", "bert-mlm-legacy17-eager")
+SLOW = ("gpt2-legacy17-eager-fused", "llama-legacy17-eager-fused", "bert-cls-legacy17-eager", "t5-legacy17-eager")
 
 
 @cache
@@ -46,8 +46,8 @@ def in_runtime(model: growkit.Model, given: dict[str, np.ndarray]) -> float:
     return start_loss(model, Batch({n: v for n, v in given.items() if n != "labels"}, given["labels"]), device="cpu")
 
 
-@pytest.mark.parametrize("name", [*CAUSAL, *OTHERS])
-def test_the_runtime_has_the_loss_that_the_fit_reports(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_the_runtime_has_the_loss_that_the_fit_reports(name: str) -> None:
     given = [batch(name, seed) for seed in range(2)]
     data = growkit.as_data(given[:1], validation=given[:1])
     plan = larger(name)
@@ -55,14 +55,13 @@ def test_the_runtime_has_the_loss_that_the_fit_reports(name: str, tmp_path: Path
     if plan.preserving:
         assert steps[0].loss == pytest.approx(in_runtime(source(name), given[0]), rel=1e-4)
     assert steps[-1].loss < 0.97 * steps[0].loss
-    growkit.write(growkit.grow(source(name), operator), tmp_path / "large.onnx")
-    written = growkit.read(tmp_path / "large.onnx")
-    assert in_runtime(written, given[0]) == pytest.approx(steps[-1].validation, rel=1e-4)
+    large = growkit.grow(source(name), operator)
+    assert in_runtime(large, given[0]) == pytest.approx(steps[-1].validation, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["gpt2-legacy17-eager", "llama-dynamo18-sdpa", "bert-mlm-legacy17-eager"])
-@pytest.mark.parametrize("learn", [("depth", "width"), ("norms", "residual", "source")])
-def test_gradients_reach_everything_that_is_learned(name: str, learn: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("name", QUICK)
+def test_gradients_reach_everything_that_is_learned(name: str) -> None:
+    learn = ("depth", "width", "norms", "residual", "source")
     given = tensors(batch(name))
     expected: list[Any] = []
     for strategy in ("materialised", "factored"):
@@ -113,7 +112,7 @@ def with_loss(name: str, folder: Path, *, labels: str) -> growkit.Model:
     return growkit.read(path)
 
 
-@pytest.mark.parametrize("labels", ["labels", "wanted"])
+@pytest.mark.parametrize("labels", ["labels", pytest.param("wanted", marks=pytest.mark.slow)])
 def test_a_graph_that_computes_its_own_loss(labels: str, tmp_path: Path) -> None:
     name = "gpt2-legacy17-eager"
     model = with_loss(name, tmp_path, labels=labels)
