@@ -11,6 +11,8 @@ import pytest
 from onnx import TensorProto, helper
 
 import growkit
+from growkit.caches import fed
+from growkit.data import token_batch
 from growkit.loss import Batch, logits_port, start_loss
 from growkit_specs import GrowkitError
 from tests.adapters.fitting import gradients, ready, tensors
@@ -124,6 +126,30 @@ def test_a_graph_that_computes_its_own_loss(labels: str, tmp_path: Path) -> None
         found[loss] = [each.loss for each in fitted([data], model=model, plan=plan, loss=loss, steps=4)[1]]
     assert found["output"] == pytest.approx(found["causal"], rel=1e-4)
     assert found["output"][-1] < found["output"][0]
+
+
+def test_caches_of_the_larger_model_begin_empty() -> None:
+    name = "gpt2-cache-dynamo18-sdpa"
+    model = source(name)
+    ids = np.random.default_rng(0).integers(0, model.graph.sizes["vocab"], 200)
+    one = token_batch(model, ids)
+    given = {**one.inputs, "labels": one.labels}
+    data = growkit.as_data([given], validation=[given])
+    assert set(one.inputs) > {"past_key_values.0.key"}
+    operator, steps = fitted(data, model=model, plan=larger(name), steps=4)
+    assert steps[-1].loss < steps[0].loss
+    assert steps[0].loss == pytest.approx(in_runtime(model, given), rel=1e-4)
+    large = growkit.grow(model, operator)
+    fed_to_it = fed(model.graph, large.graph, operator, one.inputs)
+    assert in_runtime(large, {**fed_to_it, "labels": one.labels}) == pytest.approx(steps[-1].validation, rel=1e-4)
+    for change, problem in (
+        ({"past_key_values.0.key": np.zeros((len(ids) // 6, 4, 2, 6), np.float32)}, "expected one of no tokens"),
+        ({}, "the batch lacks past_key_values.0.key; expected a cache of no tokens"),
+    ):
+        wrong = _without(given, "past_key_values.0.key") | change
+        wrong = {n: v[:1] for n, v in wrong.items()}
+        with pytest.raises(GrowkitError, match=problem):
+            fitted([wrong], model=model, plan=larger(name))
 
 
 def test_a_graph_is_brought_near_to_its_source() -> None:
