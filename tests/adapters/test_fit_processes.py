@@ -33,25 +33,31 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+QUICK = {"ddp", "fsdp"}
+
+
 def data() -> Any:
     """Batches, and for validation one that cannot be shared out."""
     alone = {name: value[:1] for name, value in lame()[0].items()}
     return growkit.as_data(lame(), validation=[alone])
 
 
-def fit_all(folder: Path) -> None:
-    """What each of the processes does: every case in full, and two that are broken off in the middle and go on."""
+def fit_all(folder: Path, cases: list[str]) -> None:
+    """What each of the processes does: every case in full, and some that are broken off in the middle and go on."""
     rank = int(os.environ["RANK"])
-    for name, told in CASES.items():
+    for name in cases:
+        told = CASES[name]
         files = {"log": folder / f"{name}.jsonl", "checkpoint": folder / f"{name}.state"}
         operator, _ = fitted(data(), **files, **{**TOLD, **told})
         operator.save(folder / f"{name}.{rank}.operator")
-    for name in ("ddp", "fsdp"):
+    for name in sorted(QUICK.intersection(cases)):  # in the same order in every process
         told = {**TOLD, **CASES[name], "checkpoint": folder / f"{name}.half"}
         with contextlib.suppress(GrowkitError):
             fitted(BrokenOff(lame()), **told)
         operator, _ = fitted(lame(), resume=True, log=folder / f"{name}.rest.jsonl", **told)
         operator.save(folder / f"{name}.rest.{rank}.operator")
+    if "fsdp" not in cases:
+        return
     fit = Fit(llama(), llama_plan(), growkit.as_data(lame()), FitSettings.of(), run(sharded=True), joined(run()))
     shares = [(entry.to_local().numel(), entry.numel()) for entry in fit.parameters]
     (folder / f"shares.{rank}").write_text(json.dumps(shares))
@@ -76,8 +82,18 @@ class BrokenOff:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where two processes that `torchrun` started have left their results."""
-    path = tmp_path_factory.mktemp("processes")
+    """Where two processes have left the results of the quick cases."""
+    return launched(tmp_path_factory.mktemp("processes"), sorted(QUICK))
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of the other cases."""
+    return launched(tmp_path_factory.mktemp("others"), sorted(CASES.keys() - QUICK))
+
+
+def launched(path: Path, cases: list[str]) -> Path:
+    """A folder that two processes that `torchrun` started have left their results in."""
     done = subprocess.run(
         [
             sys.executable,
@@ -88,6 +104,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "2",
             _script(path),
             str(path),
+            *cases,
         ],
         capture_output=True,
         text=True,
@@ -103,7 +120,7 @@ def _script(path: Path) -> str:
     script = path / "script.py"
     script.write_text(
         "import sys\nfrom pathlib import Path\nfrom tests.adapters.test_fit_processes import fit_all\n"
-        "fit_all(Path(sys.argv[1]))\n"
+        "fit_all(Path(sys.argv[1]), sys.argv[2:])\n"
     )
     return str(script)
 
@@ -125,8 +142,19 @@ def assert_near(one: GrowthOperator, other: GrowthOperator) -> None:
         np.testing.assert_allclose(array, theirs[name], rtol=1e-8, atol=1e-8, err_msg=name)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", sorted(CASES.keys() - QUICK))
+def test_however_processes_share_they_give_the_numbers_of_one(case: str, others: Path) -> None:
+    assert_the_numbers_of_one(case, others)
+
+
+@pytest.mark.parametrize("case", sorted(QUICK))
 def test_processes_give_the_numbers_of_one(case: str, folder: Path) -> None:
+    assert_the_numbers_of_one(case, folder)
+
+
+def assert_the_numbers_of_one(case: str, folder: Path) -> None:
+    """Losses, gradients and the operator."""
     operator, steps = alone(CASES[case].get("learn"))
     lines = told_by(folder / f"{case}.jsonl")  # one line for each step: only the first process tells
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
