@@ -124,6 +124,8 @@ def fit(
         plan = begun_by(model, plan, init)
     if resume and checkpoint is None:
         raise GrowkitError("resume goes on from a checkpoint; name its file, checkpoint=FILE")
+    if save_every < 1:
+        raise GrowkitError(f"save_every is {save_every}; expected at least one step between two checkpoints")
     for path in (checkpoint, log):
         if path is not None and not Path(path).absolute().parent.is_dir():
             raise GrowkitError(f"{Path(path).absolute().parent} is no directory; make it first")

@@ -169,6 +169,14 @@ def _softmax(op: Operation, x: Tensor) -> Tensor:
     return function(x.flatten(axis), -1).reshape(x.shape)  # before opset 13 the softmax is over all axes from `axis` on
 
 
+@operator("SoftmaxCrossEntropyLoss", "NegativeLogLikelihoodLoss")
+def _entropy(op: Operation, x: Tensor, labels: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    shares = torch.log_softmax(x, 1) if op.node.op_type == "SoftmaxCrossEntropyLoss" else x
+    ignored = op.get("ignore_index", -1)  # no label is negative where none is ignored
+    reduction = op.get("reduction", "mean")
+    return F.nll_loss(shares, labels.long(), weights, ignore_index=ignored, reduction=reduction), shares
+
+
 # Types and constants
 
 

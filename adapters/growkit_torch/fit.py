@@ -6,6 +6,7 @@ Whatever way a batch is shared out, among processes or one part after the other,
 
 from __future__ import annotations
 
+import atexit
 import json
 import math
 import os
@@ -46,8 +47,7 @@ def fit(model: Model, plan: Plan, data: Data, settings: FitSettings, run: Run) -
     Raises:
         GrowkitError: For what cannot be learned, data that does not fit, or a loss that is not finite.
     """
-    with _processes(run) as world:
-        return Fit(model, plan, data, settings, run, world).run()
+    return Fit(model, plan, data, settings, run, joined(run)).run()
 
 
 class World:
@@ -65,21 +65,29 @@ class World:
         self.device = device
 
 
-@contextmanager
-def _processes(run: Run) -> Iterator[World]:
-    """The processes that ``torchrun`` started; where they are joined already they are left so."""
+def joined(run: Run) -> World:
+    """The processes that ``torchrun`` started, which are joined at the first fit and stay so until they end.
+
+    Raises:
+        GrowkitError: Where there are more of them than GPUs.
+    """
     device = device_named(run.device)
-    joins = "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized()
-    if device == "cuda" and "LOCAL_RANK" in os.environ:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    if joins:
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    try:
-        yield World(device)
-    finally:
-        if joins:
-            dist.destroy_process_group()
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if device == "cuda":
+        if local >= torch.cuda.device_count():
+            raise GrowkitError(
+                f"process {local} has no GPU of its own; start as many as there are, {torch.cuda.device_count()}"
+            )
+        torch.cuda.set_device(local)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        atexit.register(_leave)
+    return World(device)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class Fit:
@@ -189,26 +197,34 @@ class Fit:
 
     def _losses(self, batch: Mapping[str, Any], *, backward: bool) -> float:
         """The loss of a batch: the mean over its parts, each weighed by what counts in it."""
-        parts = list(_split(batch, self.world.size * self.settings.accumulate))
+        wanted = self.world.size * self.settings.accumulate
+        if not backward:  # the last batch of a validation split may be small
+            wanted = min(wanted, *map(len, batch.values()))
+        parts = list(_split(batch, wanted))
         counts = [self._counted(part) for part in parts]
-        mine = list(zip(parts, counts, strict=True))[self.world.rank :: self.world.size]
+        spare = -len(parts) % self.world.size  # every process has as many parts to run, some of which count nothing
+        shares = [*zip(parts, counts, strict=True), *[(parts[0], 0)] * spare]
+        mine = shares[self.world.rank :: self.world.size]
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for i, (part, count) in enumerate(mine):
-            with self._alone(i + 1 < len(mine)), self._precision():
-                loss = self._loss(part)
-                weighed = loss * (count / max(sum(counts), 1))
-            if backward:
-                (weighed * self.world.size).backward()
+            if count == 0 and self.world.size == 1:  # alone, for several have to run as many parts
+                continue
+            with self._told(part), self._alone(i + 1 < len(mine)):
+                with self._precision():
+                    weighed = self.module(part) * (count / max(sum(counts), 1))
+                if backward:
+                    (weighed * self.world.size).backward()
             total += weighed.detach()
             self.growing.run.clear()
         if self.world.size > 1:
             dist.all_reduce(total)
         return float(total)
 
-    def _loss(self, part: Mapping[str, Any]) -> torch.Tensor:
-        """The loss of a part; what torch has to say about one that it cannot run is told in one line."""
+    @contextmanager
+    def _told(self, part: Mapping[str, Any]) -> Iterator[None]:
+        """What torch has to say about a part that it cannot run is told in one line."""
         try:
-            loss: torch.Tensor = self.module(part)
+            yield
         except torch.OutOfMemoryError as error:
             raise GrowkitError(
                 f"step {self.step + 1}: out of memory; take a smaller batch, more of accumulate, or checkpointing=1"
@@ -219,7 +235,6 @@ class Fit:
             given = ", ".join(f"{name} {list(value.shape)}" for name, value in part.items())
             told = " ".join(str(error).split())[:300]
             raise GrowkitError(f"step {self.step + 1}: the model cannot be run on {given}: {told}") from error
-        return loss
 
     def _counted(self, batch: Mapping[str, Any]) -> int:
         """How many entries of a batch a loss is the mean of: its labels that count, or its examples."""

@@ -102,7 +102,7 @@ class _Placed(torch.autograd.Function):
                 continue
             if found[x] is None:
                 found[x] = torch.zeros_like(tensors[x])
-            into = found[x][:, columns]  # type: ignore[index]
+            into = found[x][:, columns]
             if weight:
                 into.addmm_(part, tensors[weight])
             else:

@@ -141,6 +141,25 @@ def test_a_fit_is_the_same_every_time_and_leaves_the_source_alone() -> None:
         assert np.array_equal(array, before[name])
 
 
+def test_what_was_grown_can_be_fitted_again() -> None:
+    first = growkit.grow(llama(), hidden=36, layers=3)
+    given = batches(1)
+    data = growkit.as_data(given, validation=given)
+    operator, steps = fitted(data, model=first, plan=growkit.plan(first, hidden=48, layers=5), **EXACT)
+    large = growkit.grow(first, operator, dtype="float64")
+    assert loss_of(large, given[0]) == pytest.approx(steps[-1].validation, rel=1e-9)
+
+
+def test_half_weights_are_learned_on_in_single() -> None:
+    source = growkit.read(tiny("llama", CLASSES["llama"]).to(torch.bfloat16))
+    given = batches(1)
+    data = growkit.as_data(given, validation=given)
+    operator, steps = fitted(data, model=source, plan=growkit.plan(source, **LARGER))
+    assert loss_of(growkit.grow(source, operator, dtype="float32"), given[0]) == pytest.approx(
+        steps[-1].validation, rel=1e-5
+    )
+
+
 def test_the_order_of_the_data_is_the_datas() -> None:
     given = batches(2)
     assert losses(fitted(given)[1]) != losses(fitted(given[::-1])[1])
@@ -285,10 +304,12 @@ def test_the_validation_loss_is_the_mean_over_labels() -> None:
     data = growkit.as_data(given[2:], validation=given[:2])
     operator, steps = fitted(data, steps=1, **EXACT)
     large = growkit.grow(llama(), operator, dtype="float64")
+    again = fitted(data, steps=1, accumulate=4, **EXACT)[1]  # of the held-out batches one has two examples
     counts = [int((batch["labels"] != -100).sum()) for batch in given[:2]]
     expected = sum(n * loss_of(large, batch) for n, batch in zip(counts, given, strict=False)) / sum(counts)
     assert counts[0] != counts[1]
     assert steps[-1].validation == pytest.approx(expected, rel=1e-9)
+    assert again[-1].validation == pytest.approx(expected, rel=1e-9)
 
 
 def test_patience_stops_early_and_gives_the_best_back() -> None:
@@ -394,6 +415,8 @@ IDS = np.array([[1, 2, 50, 3]])
         (None, {"steps": 0}, "fit: steps"),
         (None, {"precision": "float16"}, "fit: precision"),
         (None, {"resume": True}, "resume goes on from a checkpoint; name its file, checkpoint=FILE"),
+        (None, {"save_every": 0}, "save_every is 0; expected at least one step"),
+        (None, {"loss": "tests.adapters.test_fit:steep"}, "step 1: the gradient is nan; the fit stops"),
         (None, {"init": "lego"}, "lego"),
         (None, {"loss": "output"}, "the model gives logits"),
     ],
@@ -407,6 +430,11 @@ def test_what_cannot_be_is_one_line(data: Any, told: dict[str, Any], problem: st
 def vector(outputs: Any, batch: Any) -> Any:
     """A loss that is none."""
     return outputs["logits"]
+
+
+def steep(outputs: Any, batch: Any) -> Any:
+    """A loss that is a number and has no gradient."""
+    return (0 * outputs["logits"]).abs().sqrt().mean()
 
 
 def test_a_device_that_is_not_there() -> None:

@@ -59,7 +59,11 @@ def test_a_fit_that_is_killed_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "told", [{}, {"learn": ("depth", "width", "norms", "residual", "source")}, {"precision": "float64"}]
+    "told",
+    [
+        {"learn": ("depth", "width", "norms", "residual", "source")},
+        pytest.param({"precision": "float64"}, marks=pytest.mark.slow),
+    ],
 )
 def test_every_step_can_be_the_last(told: dict[str, Any], tmp_path: Path) -> None:
     whole, _ = fitted(data(), **{**SHORT, **told})
