@@ -355,7 +355,8 @@ def fit(
     if as_json:
         print(json.dumps({"operator": str(operator), "plan": plan.to_json(), "loss": losses}))
     else:
-        _console().print(f"wrote {operator}: loss {_spelled_losses(losses)}; grow --operator {operator} applies it")
+        told = f"wrote {operator}: loss {_spelled_losses(losses)}; grow --operator {operator} applies it"
+        _console().print(told, soft_wrap=True)
 
 
 @app.command()
@@ -558,7 +559,8 @@ def _run_fit(path: Path, told: Recipe, *, quiet: bool, as_json: bool) -> None:
     else:
         if report:
             _show_report(report)
-        _console().print(f"wrote {out}: {large.graph.parameter_count:,} parameters; loss {_spelled_losses(losses)}")
+        told = f"wrote {out}: {large.graph.parameter_count:,} parameters; loss {_spelled_losses(losses)}"
+        _console().print(told, soft_wrap=True)
 
 
 def _spelled_losses(losses: dict[str, float]) -> str:
