@@ -355,8 +355,8 @@ def fit(
     if as_json:
         print(json.dumps({"operator": str(operator), "plan": plan.to_json(), "loss": losses}))
     else:
-        told = f"wrote {operator}: loss {_spelled_losses(losses)}; grow --operator {operator} applies it"
-        _console().print(told, soft_wrap=True)
+        wrote = f"wrote {operator}: loss {_spelled_losses(losses)}; grow --operator {operator} applies it"
+        _console().print(wrote, soft_wrap=True)
 
 
 @app.command()
@@ -559,8 +559,8 @@ def _run_fit(path: Path, told: Recipe, *, quiet: bool, as_json: bool) -> None:
     else:
         if report:
             _show_report(report)
-        told = f"wrote {out}: {large.graph.parameter_count:,} parameters; loss {_spelled_losses(losses)}"
-        _console().print(told, soft_wrap=True)
+        wrote = f"wrote {out}: {large.graph.parameter_count:,} parameters; loss {_spelled_losses(losses)}"
+        _console().print(wrote, soft_wrap=True)
 
 
 def _spelled_losses(losses: dict[str, float]) -> str:

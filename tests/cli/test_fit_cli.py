@@ -344,7 +344,8 @@ def test_a_loss_that_is_not_finite_stops_the_fit(
 ) -> None:
     folder = tmp_path_factory.mktemp("losses")
     (folder / "ending_loss.py").write_text(
-        "steps = iter([1.0, 1.0, float('nan')])\ndef loss(outputs, batch): return outputs['logits'].sum() * next(steps)\n"
+        "factors = iter([1.0, 1.0, float('nan')])\n"
+        "def loss(outputs, batch): return outputs['logits'].sum() * next(factors)\n"
     )
     monkeypatch.syspath_prepend(folder)
     refused = fit("--loss", "ending_loss:loss", "--save-every", "1")
