@@ -124,8 +124,9 @@ def fit(
         plan = begun_by(model, plan, init)
     if resume and checkpoint is None:
         raise GrowkitError("resume goes on from a checkpoint; name its file, checkpoint=FILE")
-    if log is not None and not Path(log).parent.is_dir():
-        raise GrowkitError(f"{log}: the log's folder is not there; make it first")
+    for path in (checkpoint, log):
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise GrowkitError(f"{Path(path).absolute().parent} is no directory; make it first")
     run = Run(
         device=device,
         checkpoint=None if checkpoint is None else Path(checkpoint),

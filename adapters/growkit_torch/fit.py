@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ import torch.distributed as dist
 from growkit.data import Data
 from growkit.fit import Progress, Run
 from growkit.grow import grow
-from growkit.loss import IGNORED, Batch
+from growkit.loss import IGNORED, Batch, refuse_unfit
 from growkit.model import Model
 from growkit.operator import GrowthOperator
 from growkit.plan import Plan
@@ -150,7 +151,20 @@ class Fit:
         return self._result()
 
     def _batch(self, step: int) -> Mapping[str, Any]:
-        return as_tensors(self.data.batch(step))
+        return self._first if step == 0 else self._asked_for(step)
+
+    @cached_property
+    def _first(self) -> Mapping[str, Any]:
+        """The batch of the first step, by which data is known again; some data gives it only once."""
+        return self._asked_for(0)
+
+    def _asked_for(self, step: int) -> Mapping[str, Any]:
+        batch = self.data.batch(step)
+        refuse_unfit(self.growing.graph, batch)
+        made = as_tensors(batch)
+        if self._counted(made) == 0:
+            raise GrowkitError(f"step {step + 1}: no label of the batch counts, all are {IGNORED}; look at the data")
+        return made
 
     def _rate(self, step: int) -> float:
         """The learning rate: up along a line, down along a cosine to zero."""
@@ -176,12 +190,12 @@ class Fit:
     def _losses(self, batch: Mapping[str, Any], *, backward: bool) -> float:
         """The loss of a batch: the mean over its parts, each weighed by what counts in it."""
         parts = list(_split(batch, self.world.size * self.settings.accumulate))
-        counts = [_counted(part) for part in parts]
+        counts = [self._counted(part) for part in parts]
         mine = list(zip(parts, counts, strict=True))[self.world.rank :: self.world.size]
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for i, (part, count) in enumerate(mine):
             with self._alone(i + 1 < len(mine)), self._precision():
-                loss = self.module(part)
+                loss = self._loss(part)
                 weighed = loss * (count / max(sum(counts), 1))
             if backward:
                 (weighed * self.world.size).backward()
@@ -190,6 +204,29 @@ class Fit:
         if self.world.size > 1:
             dist.all_reduce(total)
         return float(total)
+
+    def _loss(self, part: Mapping[str, Any]) -> torch.Tensor:
+        """The loss of a part; what torch has to say about one that it cannot run is told in one line."""
+        try:
+            loss: torch.Tensor = self.module(part)
+        except torch.OutOfMemoryError as error:
+            raise GrowkitError(
+                f"step {self.step + 1}: out of memory; take a smaller batch, more of accumulate, or checkpointing=1"
+            ) from error
+        except (TypeError, ValueError, LookupError, RuntimeError) as error:
+            if isinstance(error, GrowkitError):
+                raise
+            given = ", ".join(f"{name} {list(value.shape)}" for name, value in part.items())
+            told = " ".join(str(error).split())[:300]
+            raise GrowkitError(f"step {self.step + 1}: the model cannot be run on {given}: {told}") from error
+        return loss
+
+    def _counted(self, batch: Mapping[str, Any]) -> int:
+        """How many entries of a batch a loss is the mean of: its labels that count, or its examples."""
+        labels = None if self.growing.loss.takes_source else batch.get("labels")
+        if labels is None or labels.is_floating_point():
+            return len(next(iter(batch.values())))
+        return int((labels != IGNORED).sum())
 
     def _alone(self, more: bool) -> AbstractContextManager[Any]:
         """Gradients are shared with the other processes once, after the last part."""
@@ -222,8 +259,9 @@ class Fit:
         total, counted = 0.0, 0
         with torch.no_grad():
             for each in self.data.validation():
+                refuse_unfit(self.growing.graph, each)
                 batch = as_tensors(each)
-                count = _counted(batch)
+                count = self._counted(batch)
                 total, counted = total + count * self._losses(batch, backward=False), counted + count
         if counted == 0:
             return None
@@ -262,7 +300,7 @@ class Fit:
             write_state(self.to.checkpoint, state, self._identity())
 
     def _restore(self, path: Path) -> None:
-        state = read_state(path, self._identity())
+        state = read_state(path, self._identity(), self.learned.learnable.shapes)
         state.put(self.learned, self.optimizer)
         self.step, self.best, self.waited = state.step, state.best, state.waited
 
@@ -272,7 +310,7 @@ class Fit:
         for free in ("validate_every", "patience", "accumulate", "strategy", "checkpointing", "compile"):
             told.pop(free)
         recipe = self.plan.recipe
-        first = self._batch(0)
+        first = {name: tensor.cpu().flatten().view(torch.uint8) for name, tensor in self._first.items()}
         return {
             "settings": told,
             "method": recipe.method,
@@ -296,14 +334,6 @@ def _split(batch: Mapping[str, Any], parts: int) -> Iterator[dict[str, Any]]:
     edges = [round(i * size / parts) for i in range(parts + 1)]
     for start, stop in pairwise(edges):
         yield {name: value[start:stop] for name, value in batch.items()}
-
-
-def _counted(batch: Mapping[str, Any]) -> int:
-    """How many entries of a batch a loss is the mean of: its labels that count, or its examples."""
-    labels = batch.get("labels")
-    if labels is None or labels.is_floating_point():
-        return len(next(iter(batch.values())))
-    return int((labels != IGNORED).sum())
 
 
 def _size(batch: Mapping[str, Any]) -> int:

@@ -67,7 +67,8 @@ class Growing(torch.nn.Module):
         source_forward: BareForward | None = None,
     ) -> None:
         super().__init__()
-        self.settings, self.loss = learnable.settings, loss
+        self.settings, self.loss, self.graph = learnable.settings, loss, model.graph
+        self.takes = {port.name for port in model.graph.inputs}
         self.dtype = getattr(torch, self.settings.dtype)
         self.run, self.run_source = forward, source_forward
         self.sources = [tensor.name for tensor in model.graph.tensors()]
@@ -129,7 +130,9 @@ class Growing(torch.nn.Module):
                 if target.name in self.learned.learnable.residuals:
                     self.learned.set_residual(target.name, Z)
                 elif is_factored(operator, target):
-                    self.fresh[target.name] = Fresh.of(Z, self._shape(target))
+                    fresh = Fresh.of(Z, self._shape(target))
+                    if fresh.parts:
+                        self.fresh[target.name] = fresh
                 else:
                     self.entries[target.name] = Z
 
@@ -205,7 +208,7 @@ class Growing(torch.nn.Module):
 
     def forward(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The loss of a batch: its inputs by name, and its labels where there are any."""
-        inputs = {name: value for name, value in batch.items() if name != LABELS}
+        inputs = {name: value for name, value in batch.items() if name != LABELS or name in self.takes}
         operator = self.operator()
         outputs = self.run(inputs, self.weights(operator, rows_of(inputs)))
         if self.run_source is None:

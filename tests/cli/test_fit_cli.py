@@ -311,7 +311,7 @@ def test_resume_begins_where_there_is_no_checkpoint(fit: Any, fitted: Path, tmp_
         (("--init", "nonsense"), "unknown method 'nonsense'; methods are"),
         (("--loss", "nonsense"), "the loss 'nonsense' is not known; expected auto, causal,"),
         (("--loss", "no_module:loss"), "the loss 'no_module:loss' cannot be loaded"),
-        (("--log", "missing/log.jsonl"), "missing/log.jsonl: the log's folder is not there"),
+        (("--log", "missing/log.jsonl"), "missing is no directory; make it first"),
         (("--device", "abacus"), "abacus"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
