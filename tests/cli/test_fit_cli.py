@@ -22,7 +22,8 @@ from tests.adapters.onnx.zoo import FILES, make
 from tests.cli.conftest import Growkit, Result
 
 SIZES = ("--to", "hidden=24,layers=3")
-SHORT = (*SIZES, "--steps", "4", "--batch", "4", "--set", "length=16", "--quiet")
+ALONE = ("--learn", "depth,width", "--lr", "0.001")
+SHORT = (*SIZES, *ALONE, "--steps", "4", "--batch", "4", "--set", "length=16", "--quiet")
 
 
 @pytest.fixture(scope="module")
@@ -115,14 +116,20 @@ def test_json_tells_the_plan_and_the_losses_and_nothing_else_is_printed(fit: Any
     assert result.json["plan"]["operator"]["parameters"] > 0
 
 
-def test_what_is_printed_first_adds_up_to_what_the_plan_says(
+def test_a_fit_by_itself_learns_as_much_as_the_plan_says(
     growkit: Growkit, small: Path, text: Path, tmp_path: Path
 ) -> None:
     planned = growkit("plan", small, *SIZES, "--json").json["operator"]
+    shown = growkit("fit", small, tmp_path / "op.safetensors", "--data", text, *SIZES, "--steps", "1")
+    assert shown.out.startswith(f"begins as lossless; {planned['parameters']:,} parameters are learned:\n")
+
+
+def test_what_is_learned_is_told_by_its_parts(growkit: Growkit, small: Path, text: Path, tmp_path: Path) -> None:
     shown = growkit("fit", small, tmp_path / "op.safetensors", "--data", text, *SHORT[:-1])
     first, *parts = shown.out.splitlines()[:-1]
-    assert first == f"begins as lossless; {planned['parameters']:,} parameters are learned:"
-    assert sum(int(part.rpartition(" ")[2].replace(",", "")) for part in parts) == planned["parameters"]
+    assert {"w", "B of hidden", "A of hidden"} <= {part.strip().partition(":")[0] for part in parts}
+    counts = [int(part.rpartition(" ")[2].replace(",", "")) for part in parts]
+    assert first == f"begins as lossless; {sum(counts):,} parameters are learned:"
 
 
 def test_the_log_has_a_line_for_each_step_and_is_added_to(fit: Any, tmp_path: Path) -> None:
@@ -232,9 +239,9 @@ def stopped(small: Path, text: Path, tmp_path: Path) -> str:
         if step.step == 3:
             raise _StoppedError
 
-    settings = {"steps": 4, "batch": 4, "length": 16, "save_every": 2, "checkpoint": checkpoint, "progress": stop}
+    settings = {"steps": 4, "batch": 4, "length": 16, "learn": ("depth", "width"), "lr": 0.001}
     with pytest.raises(_StoppedError):
-        growkit_python.fit(model, plan, data, **settings)
+        growkit_python.fit(model, plan, data, checkpoint=checkpoint, save_every=2, progress=stop, **settings)
     assert names(tmp_path) == [checkpoint.name]
     return checkpoint.name
 
@@ -376,7 +383,8 @@ def test_a_recipe_with_a_fit_grows_by_what_was_learned(
 ) -> None:
     recipe = tmp_path / "fitted.yaml"
     told = {"source": str(small), "destination": "large", "target": {"hidden": 24, "layers": 3}, "data": str(text)}
-    recipe.write_text(json.dumps(told | {"fit": {"steps": 4, "batch": 4, "length": 16}, "check": True}))
+    fit = {"steps": 4, "batch": 4, "length": 16, "learn": ["depth", "width"], "lr": 0.001}
+    recipe.write_text(json.dumps(told | {"fit": fit, "check": True}))
     result = growkit("run", recipe, "--json")
     assert result.status == 0
     assert set(result.json) == {"out", "plan", "loss", "verify"}
@@ -407,3 +415,14 @@ def test_an_onnx_file_is_fitted_on_named_arrays_and_grown(growkit: Growkit, tmp_
     no = tmp_path / "no.safetensors"
     refused = growkit("fit", encoder, no, "--data", data, *asked, "--quiet", "--set", "checkpointing=1")
     assert_refused(refused, "the blocks of an ONNX graph cannot be run again", tmp_path, beside)
+
+
+def test_a_decoder_with_a_cache_is_fitted_on_tokens_and_grown(growkit: Growkit, tmp_path: Path) -> None:
+    decoder = make(next(file for file in FILES if file.name == "llama-cache-legacy17-eager"))
+    data, out, large = tmp_path / "tokens.npy", tmp_path / "op.safetensors", tmp_path / "large.onnx"
+    np.save(data, np.random.default_rng(0).integers(0, 48, 600))
+    asked = ("--to", "hidden=36,layers=4", "--steps", "2", "--batch", "2", "--set", "length=16")
+    result = growkit("fit", decoder, out, "--data", data, *asked, "--json")
+    assert (result.status, result.err) == (0, "")
+    assert growkit("grow", decoder, large, "--operator", out).status == 0
+    assert growkit("verify", decoder, large).status == 1  # both run, and what was learned is another function
