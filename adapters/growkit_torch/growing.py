@@ -15,11 +15,12 @@ import numpy as np
 import torch
 
 from growkit.adapters import BareForward
+from growkit.caches import fed
 from growkit.learnable import Learnable
 from growkit.model import Model
 from growkit.operator import GrowthOperator
 from growkit.weights import Grower, refuse_nonfinite
-from growkit_specs import Tensor
+from growkit_specs import GrowkitError, Tensor
 from growkit_torch.factored import Factors, Fresh, GrownWeight, Reads
 from growkit_torch.learned import LearnedOperator, is_factored
 from growkit_torch.losses import LABELS, Loss
@@ -67,7 +68,7 @@ class Growing(torch.nn.Module):
         source_forward: BareForward | None = None,
     ) -> None:
         super().__init__()
-        self.settings, self.loss, self.graph = learnable.settings, loss, model.graph
+        self.settings, self.loss, self.graph, self.target = learnable.settings, loss, model.graph, large.graph
         self.takes = {port.name for port in model.graph.inputs}
         self.dtype = getattr(torch, self.settings.dtype)
         self.run, self.run_source = forward, source_forward
@@ -206,11 +207,25 @@ class Growing(torch.nn.Module):
             settled.matrix  # noqa: B018 - made before the blocks, which find it there both times
         return settled
 
+    def _fed(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The larger model's inputs: those of the source, and caches of its own layers and heads, which are empty."""
+        cached = {name for port in self.graph.layer_inputs for name in port.names} & inputs.keys()
+        if not cached:
+            return inputs
+        if full := sorted(name for name in cached if inputs[name].numel()):
+            raise GrowkitError(
+                f"{full[0]}: shape {list(inputs[full[0]].shape)}; a fit takes caches that hold no tokens yet"
+            )
+        arrays = {name: inputs[name].cpu().numpy() for name in cached}
+        grown = fed(self.graph, self.target, self.learned.learnable.start, arrays)
+        given = {name: value for name, value in inputs.items() if name not in cached}
+        return given | {name: torch.as_tensor(array) for name, array in grown.items()}
+
     def forward(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The loss of a batch: its inputs by name, and its labels where there are any."""
         inputs = {name: value for name, value in batch.items() if name != LABELS or name in self.takes}
         operator = self.operator()
-        outputs = self.run(inputs, self.weights(operator, rows_of(inputs)))
+        outputs = self.run(self._fed(inputs), self.weights(operator, rows_of(inputs)))
         if self.run_source is None:
             return self.loss(outputs, batch)
         with torch.no_grad():
