@@ -1,5 +1,6 @@
 """Learning operators: what a fit reports is what its operator gives, however it is run."""
 
+import gc
 import json
 import math
 from collections.abc import Iterator
@@ -254,6 +255,19 @@ def test_the_rate_rises_along_a_line_and_falls_along_a_cosine() -> None:
 @pytest.mark.parametrize(("warmup", "rates"), [(0.0, [1.0, 0.5]), (1.0, [0.5, 1.0]), (0.01, [1.0, 1.0])])
 def test_rates_of_two_steps(warmup: float, rates: list[float]) -> None:
     assert [each.lr for each in fitted(steps=2, lr=1e-3, warmup=warmup)[1]] == pytest.approx([1e-3 * r for r in rates])
+
+
+@pytest.mark.parametrize("strategy", ["auto", "materialised", "factored"])
+@pytest.mark.parametrize("checkpointing", [0.0, 1.0])
+def test_a_step_leaves_nothing_behind(strategy: str, checkpointing: float) -> None:
+    """What a step made once was held by its own gradient: a fit grew with every step."""
+    fit = ready(llama(), llama_plan(), data=batches(1), strategy=strategy, checkpointing=checkpointing)
+    held = []
+    for _ in range(3):
+        fit.stepped(as_tensors(fit.data.batch(0)), 1e-3)
+        gc.collect()
+        held.append(sum(isinstance(each, torch.Tensor) for each in gc.get_objects()))
+    assert held[1] == held[2]
 
 
 def test_steps_are_adamws_without_decay() -> None:
