@@ -168,10 +168,11 @@ class Factors:
 
     def made(self) -> torch.Tensor:
         """``B M A^T + Z``, made anew."""
+        B, A, Z = self.B, self.A, self.Z  # what the gradient holds on to must not hold the matrix in turn
 
         def make(M: torch.Tensor) -> torch.Tensor:
-            grown = self.A.apply(self.B.apply(M, 0), 1)
-            return grown if self.Z is None else grown + self.Z.entries
+            grown = A.apply(B.apply(M, 0), 1)
+            return grown if Z is None else grown + Z.entries
 
         made: torch.Tensor = checkpoint(make, self.M, use_reentrant=False, preserve_rng_state=False)
         return made
