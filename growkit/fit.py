@@ -151,6 +151,8 @@ def begun_by(model: Model, by: Plan, method: str) -> Plan:
         seed=recipe.seed,
         fresh=recipe.fresh,
         layers_from=recipe.layers_from,
+        residual_scale=recipe.residual_scale,
+        score_scale=recipe.score_scale,
         outputs=recipe.outputs,
         kv_cache=recipe.kv_cache,
     )

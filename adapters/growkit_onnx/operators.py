@@ -257,7 +257,7 @@ def _non_zero(op: Operation, x: Tensor) -> Tensor:
     return torch.nonzero(x).T
 
 
-@operator("Dropout", reads=[1, 2])
+@operator("Dropout", reads=[1, 2], floats=[1])
 def _dropout(op: Operation, x: Tensor, ratio: Any = None, training: Numbers | None = None) -> tuple[Tensor, Tensor]:
     if training and training[0]:
         raise op.refuse("training mode")
@@ -360,7 +360,7 @@ PADDING: dict[str, Callable[[int, int], int]] = {
 }
 
 
-@operator("Pad", reads=[1, 2, 3])
+@operator("Pad", reads=[1, 2, 3], floats=[2])
 def _pad(
     op: Operation, x: Tensor, pads: Numbers | None = None, value: Numbers | None = None, axes: Numbers | None = None
 ) -> Tensor:

@@ -322,7 +322,7 @@ class Fit:
     def _identity(self) -> dict[str, Any]:
         """What a fit must agree on with the one that it goes on from."""
         told = self.settings.model_dump(mode="json")
-        for free in ("validate_every", "patience", "accumulate", "strategy", "checkpointing", "compile"):
+        for free in ("lr", "validate_every", "patience", "accumulate", "strategy", "checkpointing", "compile"):
             told.pop(free)
         recipe = self.plan.recipe
         first = {name: tensor.cpu().flatten().view(torch.uint8) for name, tensor in self._first.items()}

@@ -144,7 +144,7 @@ def kept(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("told", "problem"),
     [
-        ({"lr": 0.02}, r"is of a fit whose settings.lr is 0.01, here it is 0.02; ask for the same, or remove"),
+        ({"seed": 7}, r"is of a fit whose settings.seed is 0, here it is 7; ask for the same, or remove"),
         ({"steps": 4}, "whose settings.steps is 3, here it is 4"),
         ({"learn": ("width",)}, r"whose settings.learn is \['depth', 'width'\], here it is \['width'\]"),
         ({"structure": {"hidden": "dense"}}, "whose settings.structure.hidden is None, here it is 'dense'"),
