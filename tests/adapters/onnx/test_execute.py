@@ -815,6 +815,14 @@ def test_a_shape_that_depends_on_floats_is_named_in_an_abstract_run(nodes: list[
         probe(graph, {"x": torch.empty(3, device="meta")})
 
 
+def test_floats_are_no_axes_and_no_sizes() -> None:
+    graph = loaded(
+        model([helper.make_node("Unsqueeze", ["x", "axes"], ["y"], name="widen")], {"x": f(3), "axes": f(1)}, ["y"])
+    )
+    with pytest.raises(InvalidModel, match="node 'widen' .*: its input 1 is of type torch.float32; expected whole"):
+        Executor(graph)({"x": torch.zeros(3), "axes": torch.zeros(1)})
+
+
 def test_inputs_that_do_not_fit_a_node_are_shown_with_it() -> None:
     case = Case("MatMul", f(2, 3), f(4, 5))
     with pytest.raises(
