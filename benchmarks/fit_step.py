@@ -16,7 +16,7 @@ was a model.
 | mixed ffn | `growkit.fit(structure={"ffn": "source"})`: the units behind the activation mixed too |
 | no fresh | `growkit.fit` from copies, without fresh entries Z |
 | depth | `growkit.fit(learn=("depth",))`: the blends of layers alone |
-| keeping, running again | none or all of the blocks run again for their gradients; as it comes, half |
+| keeping, three quarters, running again | so many of the blocks run again for their gradients; as it comes, half |
 | published | the paper's equation written out: every large weight made in each step and kept for the gradient |
 """
 
@@ -47,6 +47,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "no fresh": {"method": "width=net2net,depth=interpolate", "fresh": 0.0},
     "depth": {"learn": ("depth",)},
     "keeping": {"checkpointing": 0.0},
+    "three quarters": {"checkpointing": 0.75},
     "running again": {"checkpointing": 1.0},
 }
 OTHERS = ("plain", "published")

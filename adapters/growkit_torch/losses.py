@@ -23,6 +23,9 @@ from growkit_specs import GrowkitError, LayerGraph, Port
 
 Tensors = Mapping[str, Tensor]
 
+ROWS = 256
+"""Rows of logits that are looked at at once."""
+
 LABELS = "labels"
 """What a batch's labels are called among its tensors."""
 
@@ -231,10 +234,35 @@ def _cross_entropy(outputs: Tensors, labels: Tensor, name: str) -> Tensor:
     if logits.shape[:-1] != labels.shape:
         raise GrowkitError(f"labels: shape {list(labels.shape)}; the logits' are {list(logits.shape[:-1])}")
     labels = labels.to(logits.device, torch.long)
-    total = F.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=IGNORED, reduction="sum"
-    )
-    return total / (labels != IGNORED).sum().clamp(min=1)  # of a part without any labels zero, and no gradient
+    loss: Tensor = _CrossEntropy.apply(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1))
+    return loss
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """The mean of ``log sum exp(logits) - logits[label]`` over the rows that count; 0 where none does.
+
+    Logits over a vocabulary are the largest tensor of a step by far. Nothing else of their size is made: the gradient,
+    ``(softmax(logits) - onehot) / rows``, takes their place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        counted = labels != IGNORED
+        number = counted.sum().clamp(min=1)
+        totals = torch.cat([part.logsumexp(dim=1) for part in logits.split(ROWS)])
+        right = logits.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+        ctx.save_for_backward(logits, labels, totals, counted.to(logits.dtype) / number)
+        return torch.where(counted, totals - right, 0).sum() / number
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        logits, labels, totals, shares = ctx.saved_tensors
+        each = (x.split(ROWS) for x in (logits, labels, totals, shares))
+        for part, label, total, share in zip(*each, strict=True):
+            part.sub_(total[:, None]).exp_()
+            part.scatter_add_(1, label.clamp(min=0)[:, None], part.new_full((len(part), 1), -1.0))
+            part.mul_((share * grads[0])[:, None])
+        return logits, None
 
 
 def _output(outputs: Tensors, name: str) -> Tensor:
