@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +26,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+InspectArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A model directory, an .onnx file, or a saved growth operator.")
+]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model directory, or an .onnx file.")]
 To = Annotated[
     str,
@@ -109,10 +112,15 @@ def _without_command(
 
 
 @app.command()
-def inspect(model: ModelArgument, as_json: Json = False) -> None:
-    """Show what a model is: its spaces, stacks and every tensor's layout."""
+def inspect(model: InspectArgument, as_json: Json = False) -> None:
+    """Show what a model is: its spaces, stacks and every tensor's layout; or what a growth operator is."""
     import growkit
+    from growkit.adapters import adapters
 
+    path = Path(model)
+    if path.is_file() and not any(adapter.matches(path) for adapter in adapters().values()):
+        _inspect_operator(path, as_json)
+        return
     read = growkit.read(model)
     tensors = [
         {
@@ -142,10 +150,49 @@ def inspect(model: ModelArgument, as_json: Json = False) -> None:
         if t.layer in (None, 0):
             tied = f" (tied to {t.parameter.tied_to})" if t.parameter.tied_to else ""
             table.add_row(t.parameter.slot, t.parameter.layout, " x ".join(map(str, t.shape)), t.parameter.name + tied)
-    _print_facts({k: _spelled(v) for k, v in facts.items() if v is not None})
-    for space, why in frozen.items():
-        _print_facts({"cannot grow": f"{space}: {why}"})
+    _print_facts((k, _spelled(v)) for k, v in facts.items() if v is not None)
+    _print_facts(("cannot grow", f"{space}: {why}") for space, why in frozen.items())
     _console().print(table)
+
+
+def _inspect_operator(path: Path, as_json: bool) -> None:
+    from growkit.description import describe
+    from growkit.operator import GrowthOperator
+
+    try:
+        told = describe(GrowthOperator.load(path))
+    except GrowkitError as error:
+        raise GrowkitError(f"{error}; inspect takes a model directory, an .onnx file or a growth operator") from None
+    size = path.stat().st_size
+    if as_json:
+        print(json.dumps({"format": "operator", "bytes": size, **told.to_json()}))
+        return
+    _print_facts([("format", "growth operator"), ("bytes", f"{size:,}"), *told.lines()])
+    columns, *rows = told.table()
+    table = _table(*columns)
+    for row in rows:
+        table.add_row(*row)
+    _console().print(table)
+
+
+@app.command()
+def show(
+    operator: Annotated[Path, typer.Argument(metavar="OPERATOR", help="A saved growth operator.")],
+    out: Annotated[
+        Path,
+        typer.Argument(metavar="OUT", help="Where to draw it; nothing may exist there. A name that ends in .html "
+                       "becomes one page, any other a folder of PNG files."),
+    ],
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Draw a growth operator: heat maps of its matrices and blends, as a page or as pictures."""
+    from growkit.show import show as drawn
+
+    names = drawn(operator, out)
+    if as_json:
+        print(json.dumps({"out": str(out), "pictures": names}))
+    else:
+        print(f"wrote {out}: {len(names)} pictures")
 
 
 @app.command()
@@ -413,7 +460,8 @@ def _console(*, stderr: bool = False) -> Any:
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, width=None if stream.isatty() else 200, highlight=False)  # a pipe has no width
+    width = None if stream.isatty() else 200  # a pipe has no width
+    return Console(stderr=stderr, width=width, highlight=False, markup=False)  # heads[q] is a name
 
 
 def _table(*columns: str) -> Any:
@@ -432,12 +480,14 @@ def _spelled(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _print_facts(facts: dict[str, str]) -> None:
-    for name, value in facts.items():
+def _print_facts(facts: Iterable[tuple[str, str]]) -> None:
+    for name, value in facts:
         _console().print(f"{name:<13} {value}", soft_wrap=True)
 
 
 def _show_plan(made: Plan) -> None:
+    from growkit.description import ranges
+
     told = made.to_json()
     table = _table("", "source", "target")
     for row in ("parameters", "bytes", "flops_per_token"):
@@ -459,7 +509,7 @@ def _show_plan(made: Plan) -> None:
     _show_caches(**told["kv_cache"])
     for stack, new in told["new_layers"].items():
         console.print(
-            f"  {stack} from {_ranges(told['layers_from'][stack])}; new: {_ranges(new) or 'none'}", soft_wrap=True
+            f"  {stack} from {ranges(told['layers_from'][stack])}; new: {ranges(new) or 'none'}", soft_wrap=True
         )
     if made.trainable:
         console.print("  train the new layers alone at first (their tensors are in --json, trainable)")
@@ -475,17 +525,6 @@ def _show_caches(inputs: list[str], outputs: list[str], spaces: list[str]) -> No
     for what, names in (("inputs", inputs), ("outputs", outputs)):
         if names:
             console.print(f"  new {what}: {', '.join(names)}", soft_wrap=True)
-
-
-def _ranges(layers: list[int]) -> str:
-    """Layer numbers as ``--layers-from`` takes them: runs as half-open ranges."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ",".join(f"{run[0]}:{run[-1] + 1}" if len(run) > 2 else ",".join(map(str, run)) for run in runs)
 
 
 def _show_report(report: Report, *, stderr: bool = False) -> None:

@@ -366,6 +366,11 @@ class Dense(Matrix):
     def mT(self) -> Matrix:
         return Dense(self.array.mT)
 
+    def as_matrix(self) -> np.ndarray:
+        # Not by apply, where an entry that is not finite would spread.
+        dense: np.ndarray = np.asarray(_cast(_on_host(self.array), namespace(self.array).float64))
+        return dense
+
     @property
     def multiplications(self) -> int:
         return prod(self.shape)
@@ -741,9 +746,12 @@ def from_state(state: State, arrays: dict[str, np.ndarray]) -> Matrix:
             return Identity(state["size"])
         case "selection":
             weight = arrays[state["weight"]] if "weight" in state else None
-            return Selection(arrays[state["index"]], state["columns"], weight)
+            index, columns = arrays[state["index"]], state["columns"]
+            if index.min(initial=-1) < -1 or index.max(initial=-1) >= columns:
+                raise ValueError(f"a selection names entries outside 0 to {columns - 1}")
+            return Selection(index, columns, weight)
         case "mean_fill":
-            return MeanFill(state["rows"], state["columns"], state.get("copies", 1))
+            return MeanFill(int(state["rows"]), int(state["columns"]), int(state.get("copies", 1)))
         case "dense":
             return Dense(arrays[state["array"]])
         case "scaled":

@@ -500,16 +500,20 @@ class GrowthOperator:
         """Load what :meth:`save` wrote.
 
         Raises:
-            GrowkitError: Where the file is not an operator.
+            GrowkitError: Where the file is not an operator, is of another format, or does not fit together.
         """
         from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(str(path), framework="numpy") as file:
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-                structure = json.loads((file.metadata() or {})["growkit_operator"])
+                structure = json.loads((file.metadata() or {}).get("growkit_operator", "null"))
+            if structure is None:
+                raise ValueError("its metadata has no growkit_operator")
+            if structure["format"] != OPERATOR_FORMAT:
+                raise ValueError(f"format {structure['format']}, expected {OPERATOR_FORMAT}; another growkit made it")
             return cls._from_structure(structure, arrays)
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise GrowkitError(f"{path}: not a growth operator that growkit saved ({error})") from None
 
     @classmethod
@@ -517,21 +521,21 @@ class GrowthOperator:
         cls, structure: Mapping[str, Any], arrays: dict[str, np.ndarray], prefix: str = ""
     ) -> GrowthOperator:
         start = structure.get("start")
-        return cls(
+        loaded = cls(
             expansions={
                 key: Expansion(
                     write=from_state(state["write"], arrays),
                     read=from_state(state["read"], arrays),
                     seen=from_state(state["seen"], arrays),
-                    gain=state["gain"],
-                    variance=state["variance"],
+                    gain=float(state["gain"]),
+                    variance=float(state["variance"]),
                     fresh=state["fresh"],
                     terms=tuple((from_state(B, arrays), from_state(A, arrays)) for B, A in state.get("terms", ())),
                 )
                 for key, state in structure["expansions"].items()
             },
             blend={key: arrays[f"{prefix}blend.{key}"] for key in structure["blend"]},
-            norm_factors=structure["norm_factors"],
+            norm_factors={norm: float(factor) for norm, factor in structure["norm_factors"].items()},
             untied=tuple(structure["untied"]),
             fresh=Fresh(**structure["fresh"]),
             residual={
@@ -541,6 +545,27 @@ class GrowthOperator:
             start=None if start is None else cls._from_structure(start, arrays, f"{prefix}start."),
             weights={name: arrays[f"{prefix}weights.{name}"] for name in structure.get("weights", ())},
         )
+        _refuse_unfit(loaded)
+        return loaded
+
+
+def _refuse_unfit(operator: GrowthOperator) -> None:
+    """Refuse matrices of one space that are not of one shape, blends that are none, and fresh entries of no scale.
+
+    Raises:
+        ValueError: Naming the first.
+    """
+    for key, e in operator.expansions.items():
+        shapes = {matrix.shape for matrix in (e.write, e.read, e.seen, *(each for pair in e.terms for each in pair))}
+        if min(e.write.shape) < 1:
+            raise ValueError(f"{key} is empty: {e.write.shape}")
+        if len(shapes) > 1:
+            raise ValueError(f"the matrices of {key} differ in shape: {', '.join(map(str, sorted(shapes)))}")
+    for key, w in operator.blend.items():
+        if w.ndim not in (2, 3) or not w.size:
+            raise ValueError(f"the blend {key} is of shape {w.shape}; expected (target layers, source layers)")
+    if operator.fresh.reference not in ("trained", "init"):
+        raise ValueError(f"fresh entries refer to {operator.fresh.reference!r}; expected 'trained' or 'init'")
 
 
 def _offset(target: Tensor) -> float:

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +83,7 @@ def _processes(run: Run) -> Iterator[_World]:
 class _Fit:
     """One fit, from its first step or from a checkpoint to its end."""
 
-    def __init__(
-        self, model: Model, plan: Plan, data: Data, settings: FitSettings, run: Run, world: _World
-    ) -> None:
+    def __init__(self, model: Model, plan: Plan, data: Data, settings: FitSettings, run: Run, world: _World) -> None:
         if settings.tied is None:
             settings = settings.model_copy(update={"tied": is_tied(plan.method)})
         self.plan, self.data, self.settings, self.world = plan, data, settings, world
@@ -280,7 +279,7 @@ def _split(batch: Mapping[str, Any], parts: int) -> Iterator[dict[str, Any]]:
     if size < parts:
         raise GrowkitError(f"a batch of {size} examples cannot be shared out in {parts} parts; take a larger batch")
     edges = [round(i * size / parts) for i in range(parts + 1)]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         yield {name: value[start:stop] for name, value in batch.items()}
 
 

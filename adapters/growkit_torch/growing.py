@@ -22,7 +22,6 @@ from growkit_torch.learned import LearnedOperator, is_factored
 from growkit_torch.losses import LABELS, Loss
 from growkit_torch.read import as_torch
 
-
 PATCHES = 197
 """Rows of an image, where nobody says: patches of 16 in 224, and a class token."""
 

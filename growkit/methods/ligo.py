@@ -21,7 +21,7 @@ NOISE = 0.03
 def _widened(rng: np.random.Generator, d: int, D: int) -> Expansion:
     """``B = A = C = [I; E]``: each new entry a mean of all old ones, with random weights that sum to 1."""
     E = rng.random((D - d, d))
-    B: Matrix = RowBlocks((Identity(d), Dense(E / E.sum(axis=1, keepdims=True)))) if D > d else Identity(d)
+    B: Matrix = RowBlocks((Identity(d), Dense(E / E.sum(axis=1, keepdims=True)))) if d < D else Identity(d)
     return Expansion(write=B, read=B, seen=B)
 
 

@@ -102,7 +102,9 @@ def matrices() -> st.SearchStrategy[Matrix]:
         )
 
     stacked = st.builds(_stacked, leaves, st.lists(st.integers(1, 2), min_size=1, max_size=2))
-    return leaves | joined | stacked | stacked.map(lambda matrix: matrix.mT) | st.recursive(leaves, composed, max_leaves=4)
+    return (
+        leaves | joined | stacked | stacked.map(lambda matrix: matrix.mT) | st.recursive(leaves, composed, max_leaves=4)
+    )
 
 
 def _mean_fill(new: int, old: int, copies: int) -> MeanFill:

@@ -179,7 +179,11 @@ def test_the_builders_are_the_products_they_are_called(parts: list[Matrix]) -> N
 
 def test_what_applying_costs() -> None:
     dense = Dense(np.ones((3, 2)))
-    assert (dense.multiplications, pad(5, 3).multiplications, RowBlocks((Identity(2), dense)).multiplications) == (6, 0, 6)
+    assert (dense.multiplications, pad(5, 3).multiplications, RowBlocks((Identity(2), dense)).multiplications) == (
+        6,
+        0,
+        6,
+    )
     # (3 x 2) (x) I_4 mixes whole heads: four times the small product; (3 x 2) (x) (3 x 2) goes from 4 by 6 to 9 entries
     assert Kronecker((dense, Identity(4))).multiplications == 24
     assert Kronecker((dense, dense)).multiplications == 3 * 2 * 2 + 3 * 3 * 2

@@ -1,5 +1,6 @@
 """The growth operator against its equation written out densely, in numpy and in torch, saved and loaded."""
 
+import json
 from collections.abc import Callable, Mapping
 from functools import reduce
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 import growkit
 from growkit.matrices import Dense, Matrix, MeanFill, Selection, pad
@@ -353,6 +356,54 @@ def test_a_file_that_is_no_operator_is_refused(tmp_path: Path, content: bytes) -
         GrowthOperator.load(path)
     with pytest.raises(GrowkitError, match="not a growth operator that growkit saved"):
         GrowthOperator.load(tmp_path / "missing")
+
+
+def narrowed(structure: dict[str, Any]) -> None:
+    structure["expansions"]["hidden"]["read"]["columns"] = 2
+
+
+def widened(structure: dict[str, Any]) -> None:
+    structure["expansions"]["hidden"]["seen"] = {"kind": "identity", "size": 3}
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (lambda structure: structure.update(format=2), "format 2, expected 1"),
+        (lambda structure: structure.update(expansions=[]), "no attribute 'items'"),
+        (lambda structure: structure.pop("fresh"), "'fresh'"),
+        (lambda structure: structure["expansions"]["hidden"]["read"].update(kind="odd"), "unknown matrix kind 'odd'"),
+        (narrowed, "a selection names entries outside 0 to 1"),
+        (widened, r"the matrices of hidden differ in shape: \(3, 3\), \(4, 3\)"),
+        (lambda structure: structure["blend"].append("ghost"), "'blend.ghost'"),
+        (lambda structure: structure["fresh"].update(reference="odd"), "fresh entries refer to 'odd'"),
+        (lambda structure: structure["expansions"]["hidden"].update(gain="x"), "could not convert string to float"),
+    ],
+)
+def test_a_damaged_operator_is_refused_with_the_reason(
+    tmp_path: Path, damage: Callable[[dict[str, Any]], object], problem: str
+) -> None:
+    path = tmp_path / "operator.safetensors"
+    GrowthOperator({"hidden": COPIES["hidden"]}, {"stack": np.eye(2)}).save(path)
+    with safe_open(path, framework="numpy") as file:
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        structure = json.loads(file.metadata()["growkit_operator"])
+    damage(structure)
+    save_file(arrays, path, metadata={"growkit_operator": json.dumps(structure)})
+    with pytest.raises(GrowkitError, match=f"operator.safetensors: not a growth operator .*{problem}"):
+        GrowthOperator.load(path)
+
+
+def test_a_file_of_weights_is_no_operator(tmp_path: Path) -> None:
+    save_file({"w": np.ones(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(GrowkitError, match="its metadata has no growkit_operator"):
+        GrowthOperator.load(tmp_path / "model.safetensors")
+
+
+def test_a_blend_that_is_none_is_refused(tmp_path: Path) -> None:
+    GrowthOperator({}, {"stack": np.ones(3)}).save(tmp_path / "operator")
+    with pytest.raises(GrowkitError, match=r"the blend stack is of shape \(3,\); expected"):
+        GrowthOperator.load(tmp_path / "operator")
 
 
 @given(

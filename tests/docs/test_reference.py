@@ -83,6 +83,7 @@ def printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "grow": "grow small large --to hidden=96 --check",
         "verify": "verify small large",
         "methods": "methods",
+        "show": "show large/growkit_operator.safetensors maps",
     }
     return {name: json.loads(runner.growkit([*line.split(), "--json"])) for name, line in commands.items()}
 
@@ -90,11 +91,22 @@ def printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_the_json_keys_are_those_that_are_printed(printed: dict[str, Any]) -> None:
     for command, told in printed.items():
         told = told[0] if command == "methods" else told
-        assert first_cells(section(COMMAND_LINE, command)) == set(told), command
+        tables = section(COMMAND_LINE, command).partition("### An operator as JSON")[0]
+        assert first_cells(tables) == set(told), command
     assert set(printed["inspect"]["tensors"][0]) == {"name", "shape", "layout", "slot", "layer"}
     assert set(printed["plan"]["source"]) == {"spaces", "stacks", "parameters", "bytes", "flops_per_token"}
     assert set(printed["plan"]["reasons"][0]) == {"condition", "holds", "detail"}
     assert set(printed["verify"]["outputs"][0]) == {"name", "shape", "max_abs_diff", "max_rel_diff", "space"}
+
+
+def test_the_json_keys_of_an_operator_are_those_that_are_printed(printed: dict[str, Any]) -> None:
+    operator = "large/growkit_operator.safetensors"  # `printed` has grown it here
+    told = json.loads(Runner().growkit(["inspect", operator, "--json"]))
+    text = section(COMMAND_LINE, "show").partition("### An operator as JSON")[2]
+    assert first_cells(text) == set(told)
+    keys = [set(re.findall(r"\w+", listed)) for listed in re.findall(r"`\{(.*?)\}`", text, re.S)]
+    space, stack = told["spaces"]["hidden"], told["stacks"]["layers"]
+    assert keys == [set(each) for each in (space, stack, told["fresh"], space["write"])]
 
 
 def test_every_public_name_is_in_the_reference() -> None:

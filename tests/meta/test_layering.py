@@ -28,8 +28,8 @@ def requirements(*extras: str) -> set[str]:
 
 LAYERS = {
     "specs/growkit_specs": {"pydantic", "pydantic_core", "annotated_types", "typing_extensions", "yaml"},
-    # The last are imported where data is read, and only there.
-    "growkit": requirements() | {"growkit_specs", "tokenizers", "PIL", "datasets"},
+    # Imported where data is read or something is drawn, and only there: `tokenizers`, and what `show` draws with.
+    "growkit": requirements("show") | {"growkit_specs", "tokenizers", "PIL", "datasets"},
     "adapters/growkit_torch": requirements("torch", "timm") | {"growkit", "growkit_specs"},
     "adapters/growkit_onnx": requirements("onnx") | {"growkit", "growkit_specs"},
 }
