@@ -6,6 +6,9 @@ The model is a decoder with RMS norms, gated feed-forwards and random weights, i
 each time; it is grown to 1.5 times its width, and with it its heads and feed-forwards. `ratio_to_load_save` compares
 the wall time with that of onnx-ir, which reads a model as large as the grown one and writes it again; unlike growkit,
 it does not wait until the disk has it.
+
+What growing cannot do without is drawing the fresh entries, 0.65 of the 1.73 billion in the full form: about 7 s of one
+core at the 90 to 100 million float32 normals that numpy draws a second. They are drawn while others are written.
 """
 
 from __future__ import annotations

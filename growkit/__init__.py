@@ -8,6 +8,8 @@ growkit.verify(model, large)
 """
 
 from growkit.adapters import Adapter, read, write
+from growkit.data import as_data, read_data
+from growkit.fit import fit
 from growkit.grow import grow
 from growkit.methods import methods
 from growkit.model import Model
@@ -15,11 +17,12 @@ from growkit.operator import GrowthOperator
 from growkit.plan import Plan, plan
 from growkit.verdict import Verdict
 from growkit.verify import Report, verify
-from growkit_specs import GrowkitError, LayerGraph, Recipe, Target
+from growkit_specs import FitSettings, GrowkitError, LayerGraph, Recipe, Target
 
 __version__ = "0.1.0"
 __all__ = [
     "Adapter",
+    "FitSettings",
     "GrowkitError",
     "GrowthOperator",
     "LayerGraph",
@@ -29,10 +32,13 @@ __all__ = [
     "Report",
     "Target",
     "Verdict",
+    "as_data",
+    "fit",
     "grow",
     "methods",
     "plan",
     "read",
+    "read_data",
     "verify",
     "write",
 ]

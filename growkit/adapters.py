@@ -23,11 +23,20 @@ two models that compute the same may be apart then, relative to the largest.
 """
 
 
-BareForward = Callable[[Mapping[str, Any], Mapping[str, Any]], Mapping[str, Any]]
-"""Runs a model that holds no weights: ``forward(inputs, weights)`` takes every tensor by name, and gives its outputs.
+class BareForward(Protocol):
+    """Runs a model that holds no weights of its own; everything is torch's, and differentiable in the weights.
 
-Everything is torch's, and differentiable in the weights; they are not let go before the next call.
-"""
+    Attributes:
+        checkpointed: How many blocks are run again for their gradients, and not kept.
+    """
+
+    checkpointed: int
+
+    def __call__(self, inputs: Mapping[str, Any], weights: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The outputs by name, given every tensor by name."""
+
+    def clear(self) -> None:
+        """Let go of the weights of the last call, which gradients may need until they are there."""
 
 
 class Adapter(Protocol):
@@ -93,7 +102,7 @@ class Adapter(Protocol):
         """A function that runs the model on ``device``: ``cpu``, ``cuda``, or ``auto`` for a GPU where there is one."""
 
     def bare(
-        self, model: Model, device: str = "auto", *, dtype: str = "float32", checkpointing: bool = False
+        self, model: Model, device: str = "auto", *, dtype: str = "float32", checkpointing: float | None = None
     ) -> BareForward:
         """A function of the inputs and of all the weights, for fitting; it takes no memory for weights of its own.
 
@@ -101,7 +110,8 @@ class Adapter(Protocol):
             model: The model; only its graph and origin count.
             device: As for ``forward``.
             dtype: The element type in which it runs, that of the weights.
-            checkpointing: Whether the blocks of stacks are run again for their gradients, and not kept.
+            checkpointing: The share of the stacks' blocks that are run again for their gradients, and not kept; None
+                leaves it to the format.
 
         Raises:
             GrowkitError: Where it cannot be run so.

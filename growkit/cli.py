@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from growkit_specs.errors import GrowkitError
+from growkit_specs.recipe import FitSettings
 
 if TYPE_CHECKING:
+    from growkit.fit import Progress
     from growkit.model import Model
+    from growkit.operator import GrowthOperator
     from growkit.plan import Plan
     from growkit.verify import Report
+    from growkit_specs import Recipe
 
 app = typer.Typer(
     help="Grow a larger transformer out of a smaller trained one.",
@@ -73,6 +79,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="keep, float32, float16 or bfloat16; ONNX files keep theirs.")]
 Device = Annotated[str, typer.Option("--device", help="Where the check runs: auto, cpu or cuda.")]
+FIT = FitSettings()
+_OTHER_SETTINGS = sorted(set(FitSettings.model_fields) - {"steps", "lr", "batch", "learn", "loss", "seed"})
 Check = Annotated[bool, typer.Option("--check", help="Verify what was written before it is put in place.")]
 
 
@@ -277,6 +285,80 @@ def grow(
 
 
 @app.command()
+def fit(
+    model: ModelArgument,
+    operator: Annotated[Path, typer.Argument(metavar="OPERATOR", help="Where to save the operator, as safetensors.")],
+    data: Annotated[
+        Path,
+        typer.Option("--data", metavar="PATH", help="Text, .npy or .bin tokens, images, a directory of datasets, or an "
+                     ".npz of named inputs and labels."),
+    ],
+    to: To = "",
+    like: Like = None,
+    init: Annotated[
+        str, typer.Option("--init", metavar="METHOD", help="The method to begin with; ligo-paper is the published one.")
+    ] = "lossless",
+    steps: Annotated[int, typer.Option("--steps", help="Optimizer steps.")] = FIT.steps,
+    lr: Annotated[float, typer.Option("--lr", help="The highest learning rate.")] = FIT.lr,
+    batch: Annotated[int, typer.Option("--batch", help="Examples in a step.")] = FIT.batch,
+    learn: Annotated[
+        str, typer.Option("--learn", metavar="PARTS", help="What is learned: depth, width, norms, residual, source.")
+    ] = ",".join(FIT.learn),
+    loss: Annotated[
+        str,
+        typer.Option("--loss", help="auto, causal, masked, classification, output[:NAME], distill or module:function."),
+    ] = FIT.loss,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Any other setting: " + ", ".join(_OTHER_SETTINGS) + "."),
+    ] = None,
+    seed: Seed = 0,
+    fresh: FreshOption = None,
+    layers_from: LayersFrom = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an interrupted fit left its checkpoint, OPERATOR.fit.")
+    ] = False,
+    save_every: Annotated[int, typer.Option("--save-every", min=1, help="Steps between two checkpoints.")] = 25,
+    log: Annotated[Path | None, typer.Option("--log", metavar="FILE", help="Add each step as a line of JSON.")] = None,
+    sharded: Annotated[
+        bool, typer.Option("--sharded", help="Under torchrun: share out the parameters too (FSDP).")
+    ] = False,
+    device: Device = "auto",
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Learn the growth operator from data (LiGO), and save it; grow --operator applies it."""
+    import growkit
+    from growkit.adapters import refuse_existing
+    from growkit.staging import staged_files
+
+    refuse_existing(operator)
+    checkpoint = operator.with_name(f"{operator.name}.fit")
+    if checkpoint.exists() and not resume:
+        raise GrowkitError(f"{checkpoint} is there, of a fit that was interrupted; go on with --resume, or remove it")
+    told = dict(_assigned(each) for each in settings or ())
+    made = growkit.FitSettings.of(
+        **{"steps": steps, "lr": lr, "batch": batch, "learn": learn, "loss": loss, "seed": seed, **told}
+    )
+    source = growkit.read(model)
+    plan = _planned(source, to, like, method=init, seed=seed, fresh=fresh, layers_from=layers_from)
+    first = int(os.environ.get("RANK", "0")) == 0
+    if first and not as_json and not quiet:
+        _show_learning(plan, made)
+    run = {"checkpoint": checkpoint, "resume": resume, "save_every": save_every, "log": log, "sharded": sharded}
+    learned, losses = _fitted(source, plan, data, made, device=device, quiet=quiet or not first, **run)
+    if not first:
+        return
+    with staged_files(operator, 0) as folder:
+        learned.save(folder / operator.name)
+    checkpoint.unlink(missing_ok=True)
+    if as_json:
+        print(json.dumps({"operator": str(operator), "plan": plan.to_json(), "loss": losses}))
+    else:
+        _console().print(f"wrote {operator}: loss {_spelled_losses(losses)}; grow --operator {operator} applies it")
+
+
+@app.command()
 def verify(
     small: Annotated[str, typer.Argument(metavar="SMALL", help="The source model.")],
     large: Annotated[str, typer.Argument(metavar="LARGE", help="The grown model.")],
@@ -309,6 +391,9 @@ def run(
     told = Recipe.load(recipe)
     if told.destination is None:
         raise GrowkitError(f"{recipe}: the recipe names no destination; add a line 'destination: DIRECTORY'")
+    if told.fit is not None:
+        _run_fit(recipe, told, quiet=quiet, as_json=as_json)
+        return
     grow(
         str(recipe.parent / told.source),
         recipe.parent / told.destination,
@@ -337,8 +422,8 @@ def methods(
     like: Like = None,
     data: Annotated[
         Path | None,
-        typer.Option("--data", metavar="FILE", help="Measure start losses on it: text, .npy or .bin tokens, or an .npz "
-                     "of named inputs and labels."),
+        typer.Option("--data", metavar="FILE", help="Measure start losses on it: text, .npy or .bin tokens, "
+                     "images, or an .npz of named inputs and labels."),
     ] = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -407,6 +492,104 @@ def _compare(name: str, to: str, like: str | None, data: Path | None, seed: int,
         numbers = (f"{n:,}" for n in (c.parameters, c.trained_parameters, c.flops_per_token))
         table.add_row(c.method, _USES[c.use], verdict, *numbers, loss)
     _console().print(table)
+
+
+# --- fitting ---------------------------------------------------------------------------------------------------------
+
+
+def _assigned(text: str) -> tuple[str, str | None]:
+    """``NAME=VALUE``; the value ``none`` is none."""
+    name, equals, value = (part.strip() for part in text.partition("="))
+    if not equals:
+        raise GrowkitError(f"--set {text}: expected NAME=VALUE; settings are {', '.join(FitSettings.model_fields)}")
+    return name, None if value.lower() == "none" else value
+
+
+def _fitted(
+    source: Model, plan: Plan, data: Path, settings: FitSettings, *, device: str, quiet: bool, **run: Any
+) -> tuple[GrowthOperator, dict[str, float]]:
+    """The operator of a plan, learned on some data, and the losses at the first step, the last one, and held out."""
+    import growkit
+
+    losses: dict[str, float] = {}
+    read = growkit.read_data(source, data, batch=settings.batch, length=settings.length, seed=settings.seed)
+    with _learning(settings.steps, quiet) as shown:
+
+        def seen(step: Progress) -> None:
+            losses.setdefault("first", step.loss)
+            losses["last"] = step.loss
+            if step.validation is not None:
+                losses["validation"] = step.validation
+            shown(step)
+
+        learned = growkit.fit(source, plan, read, device=device, progress=seen, **run, **settings.model_dump())
+    return learned, losses
+
+
+def _run_fit(path: Path, told: Recipe, *, quiet: bool, as_json: bool) -> None:
+    """A recipe whose operator is learned before it is applied."""
+    import growkit
+    from growkit.adapters import refuse_existing, refuse_misnamed
+
+    assert told.fit is not None
+    assert told.destination is not None
+    if told.data is None:
+        raise GrowkitError(f"{path}: the recipe has a fit and no data; add a line 'data: PATH'")
+    out = path.parent / told.destination
+    refuse_existing(out)
+    source = growkit.read(str(path.parent / told.source))
+    refuse_misnamed(out, source.adapter)
+    plan = growkit.plan(
+        source, told.target, method=told.method, seed=told.seed, fresh=told.fresh, layers_from=told.layers_from
+    )
+    learned, losses = _fitted(source, plan, path.parent / told.data, told.fit, device="auto", quiet=quiet)
+    large = growkit.grow(source, learned, dtype=told.dtype, outputs=told.outputs, kv_cache=told.kv_cache)
+    report = _written(source, large, out, check=told.check, promised=False, quiet=quiet, device="auto")
+    if as_json:
+        verified = report.to_json() if report else None
+        print(json.dumps({"out": str(out), "plan": plan.to_json(), "loss": losses, "verify": verified}))
+    else:
+        _console().print(f"wrote {out}: {large.graph.parameter_count:,} parameters; loss {_spelled_losses(losses)}")
+
+
+def _spelled_losses(losses: dict[str, float]) -> str:
+    if "last" not in losses:
+        return "as it was; no step was left"
+    held_out = f", held out {losses['validation']:.4f}" if "validation" in losses else ""
+    return f"{losses['first']:.4f} -> {losses['last']:.4f}{held_out}"
+
+
+def _show_learning(plan: Plan, settings: FitSettings) -> None:
+    learnable = plan.learnable(settings)
+    parts: dict[str, int] = {}
+    for name, shape in zip(learnable.names, learnable.shapes, strict=True):
+        what = "w" if name.startswith("w of ") else name.partition("@")[0]
+        parts[what] = parts.get(what, 0) + prod(shape)
+    _console().print(f"begins as {plan.method}; {learnable.parameters:,} parameters are learned:")
+    for what, count in parts.items() if len(parts) <= 24 else ():
+        _console().print(f"  {what}: {count:,}", soft_wrap=True)
+
+
+@contextmanager
+def _learning(steps: int, quiet: bool) -> Iterator[Callable[[Progress], None]]:
+    """A bar on stderr: steps, the loss, tokens per second, time left."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("fitting"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=_console(stderr=True), disable=quiet or not sys.stderr.isatty()) as bar:
+        task = bar.add_task("", total=steps)
+
+        def shown(step: Any) -> None:
+            rate = step.tokens / max(step.seconds, 1e-9)
+            bar.update(task, completed=step.step, description=f"loss {step.loss:.4f}, {rate:,.0f} tokens/s")
+
+        yield shown
 
 
 # --- what commands share ---------------------------------------------------------------------------------------------
@@ -510,6 +693,13 @@ def _show_plan(made: Plan) -> None:
     for stack, new in told["new_layers"].items():
         console.print(
             f"  {stack} from {ranges(told['layers_from'][stack])}; new: {ranges(new) or 'none'}", soft_wrap=True
+        )
+    learned = told["operator"]
+    if learned["parameters"]:
+        console.print(
+            f"  to learn the operator (growkit fit): {learned['parameters']:,} parameters, {learned['bytes']:,} bytes, "
+            f"{learned['flops']:,} flops to make the weights once",
+            soft_wrap=True,
         )
     if made.trainable:
         console.print("  train the new layers alone at first (their tensors are in --json, trainable)")

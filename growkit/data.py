@@ -7,6 +7,7 @@ come from texts and files of tokens (:mod:`growkit.text`), from images (:mod:`gr
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -236,11 +237,12 @@ def _examples(
 def _of_directory(model: Model, path: Path, tokens: Callable[..., Sequences]) -> Examples:
     if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return _of_datasets(model, path, tokens)
-    idx = [each for each in sorted(path.iterdir()) if images.is_idx(each)]
-    if idx:
-        return images.idx_images(model, next((each for each in idx if each.name.startswith("train")), idx[0]))
-    if images.class_folders(path):
-        return images.image_folder(model, path)
+    if images.takes_images(model):  # a folder of text may hold images too
+        idx = [each for each in sorted(path.iterdir()) if images.is_idx(each)]
+        if idx:
+            return images.idx_images(model, next((each for each in idx if each.name.startswith("train")), idx[0]))
+        if images.class_folders(path):
+            return images.image_folder(model, path)
     texts = sorted(each for each in path.rglob("*") if each.suffix in TEXTS and each.is_file())
     if texts:
         return tokens(texts=map(text.read_text, texts))
@@ -293,15 +295,23 @@ def _of_datasets(model: Model, path: Path, tokens: Callable[..., Sequences]) -> 
         raise GrowkitError(f"{path}: cannot be read as a dataset with a split 'train' ({error})") from None
     columns = list(rows.column_names)
     if "input_ids" in columns:
-        runs = [np.asarray(row, dtype=np.int64).astype(np.uint32) for row in rows["input_ids"]]
-        return tokens(ids=np.concatenate([np.zeros(0, np.uint32), *runs]))
+        ids = array("i")
+        for row in _column(rows, "input_ids"):
+            ids.frombytes(np.asarray(row, dtype=np.int32).tobytes())
+        return tokens(ids=np.frombuffer(ids, np.int32))
     if "text" in columns:
-        return tokens(texts=([each] for each in rows["text"]))
+        return tokens(texts=([each] for each in _column(rows, "text")))
     if {"image", "label"} <= set(columns):
         labels = np.asarray(rows["label"])
         images.refuse_classes(model, labels, path)
         return images.Images(images.format_of(model), lambda number: rows[number]["image"], labels)
     raise GrowkitError(f"{path}: its columns are {', '.join(columns)}; expected input_ids, text, or image and label")
+
+
+def _column(rows: Any, name: str) -> Iterator[Any]:
+    """A column's entries; a thousand rows are in memory at once."""
+    for part in rows.select_columns([name]).iter(batch_size=1000):
+        yield from part[name]
 
 
 # --- batches that somebody makes -------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ Shape legend: ``b`` images, ``c`` channels, ``h`` and ``w`` pixels; ``n`` images
 from __future__ import annotations
 
 import gzip
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +118,11 @@ def format_of(model: Model) -> Format:
     return Format(port.name, int(size), channels, mean, std, told.get("resample", BILINEAR))
 
 
+def takes_images(model: Model) -> bool:
+    """Whether images are what a model takes."""
+    return any(port.kind == "image" for port in model.graph.inputs)
+
+
 def _image_port(model: Model) -> Port:
     ports = [port for port in model.graph.inputs if port.kind == "image"]
     if len(ports) != 1:
@@ -129,14 +133,11 @@ def _image_port(model: Model) -> Port:
 
 def _preprocessing(model: Model) -> dict[str, Any]:
     """What the files beside a model say of its images, as transformers' keys; timm's stand in the config."""
-    if (file := model.beside("preprocessor_config.json")) is not None:
-        told = dict(json.loads(file.read_text(encoding="utf-8")))
-        unscaled = {"image_mean": 0.0, "image_std": 1.0} if told.get("do_normalize") is False else {}
-        return {**told, **unscaled}
-    if (file := model.beside("config.json")) is not None:
-        told = json.loads(file.read_text(encoding="utf-8")).get("pretrained_cfg") or {}
-        return {f"image_{key}": told[key] for key in ("mean", "std") if key in told}
-    return {}
+    told = model.told_beside("preprocessor_config.json")
+    if told.get("do_normalize") is False:
+        return {**told, "image_mean": 0.0, "image_std": 1.0}
+    timm = model.told_beside("config.json").get("pretrained_cfg") or {}
+    return told or {f"image_{key}": timm[key] for key in ("mean", "std") if key in timm}
 
 
 def _size(told: Any) -> int | None:
@@ -154,7 +155,8 @@ def class_numbers(model: Model, names: Sequence[str], where: Path) -> list[int]:
     Raises:
         GrowkitError: Where the model has no such number of classes.
     """
-    known = (getattr(model.origin, "config", None) or {}).get("label2id") or {}
+    config = getattr(model.origin, "config", None) or model.told_beside("config.json")
+    known = config.get("label2id") or {}
     if all(name in known for name in names):
         return [int(known[name]) for name in names]
     count = _class_count(model)

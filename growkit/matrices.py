@@ -242,7 +242,9 @@ def _gather(x: Array, index: np.ndarray, axis: int) -> Array:
     if (index < 0).any():  # one zero entry after the last, which is what -1 names
         x = xp.concatenate([x, zeros(1)], axis=axis)
     # numpy's own fancy indexing is several times slower than its take, which torch names otherwise
-    return np.take(x, index, axis) if xp is np else x.index_select(axis, xp.asarray(index, device=x.device))
+    if xp is np:
+        return np.take(x, index, axis)
+    return x.index_select(axis, xp.asarray(np.where(index < 0, x.shape[axis] - 1, index), device=x.device))
 
 
 def _runs(index: np.ndarray) -> list[np.ndarray]:
@@ -623,7 +625,8 @@ class ColumnBlocks(Matrix):
 
     @property
     def support(self) -> np.ndarray:
-        return np.logical_or.reduce([block.support for block in self.blocks])
+        rows: np.ndarray = np.logical_or.reduce([block.support for block in self.blocks])
+        return rows
 
 
 @final

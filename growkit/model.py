@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,25 @@ class Model:
         folder = Path(path) if Path(path).is_dir() else Path(path).parent
         folders = [folder, folder.parent] if folder.name == "onnx" else [folder]
         return next((found for each in folders if (found := each / name).is_file()), None)
+
+    def told_beside(self, name: str) -> dict[str, Any]:
+        """What the JSON file ``name`` beside the model says; nothing where there is none.
+
+        Raises:
+            GrowkitError: Where it is no JSON object.
+        """
+        from growkit_specs import GrowkitError
+
+        file = self.beside(name)
+        if file is None:
+            return {}
+        try:
+            told = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise GrowkitError(f"{file}: cannot be read as JSON ({error})") from None
+        if not isinstance(told, dict):
+            raise GrowkitError(f"{file}: expected a JSON object, got {type(told).__name__}")
+        return told
 
     def to_torch(self) -> Any:
         """The model as an ``nn.Module``.

@@ -14,10 +14,13 @@ rows that come from another layer than the old ones (AKI).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property, reduce
 from itertools import product as product_of
+from math import prod
+from operator import add
 from pathlib import Path
 from typing import Any, Literal
 from zlib import crc32
@@ -47,6 +50,9 @@ Source = Callable[[str, int | None], Array]
 """Gives a source tensor by its key (stack, layer and slot) and its layer's number."""
 
 OPERATOR_FORMAT = 1
+
+BLOCK = 1 << 17
+"""About how many entries of a tensor are worked on at once: few enough to stay in the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -121,14 +127,40 @@ class Fresh:
         """The standard deviation of a tensor's fresh entries, given its trained ones."""
         if self.reference == "init":
             return self.init_std * self.scale
+        if isinstance(trained, np.ndarray):
+            return _std(trained) * self.scale
         return namespace(trained).std(trained, correction=0) * self.scale
 
-    def draw(self, name: str, like: Array, shape: Sequence[int]) -> Array:
-        """Normal entries for the tensor ``name``, in the namespace, dtype and scale of ``like``, its trained ones."""
-        entries = np.random.default_rng([self.seed, crc32(name.encode())]).standard_normal(shape, dtype=np.float32)
+    def draw(self, name: str, like: Array, shape: Sequence[int], where: np.ndarray | None = None) -> Array:
+        """Normal entries for the tensor ``name``, in the namespace, dtype and scale of ``like``, its trained ones.
+
+        Args:
+            name: The tensor's name; with the seed it settles what is drawn.
+            like: Its trained entries.
+            shape: Its shape.
+            where: A mask that broadcasts to that shape, of the entries to draw; the others are zero. None draws all.
+        """
+        if isinstance(like, np.ndarray):
+            return self.add(np.zeros(shape, like.dtype), name, like, where)
+        entries = self._add(np.zeros(shape, np.float32), name, where, 1.0)
         drawn = namespace(like).asarray(entries, dtype=like.dtype, device=like.device)
         drawn *= self.std(like)
         return drawn
+
+    def add(self, onto: np.ndarray, name: str, like: np.ndarray, where: np.ndarray | None = None) -> np.ndarray:
+        """``onto``, to which what :meth:`draw` gives has been added: nothing else of a large tensor's size is held."""
+        return self._add(onto, name, where, self.std(like))
+
+    def _add(self, onto: np.ndarray, name: str, where: np.ndarray | None, std: Any) -> np.ndarray:
+        """The entries are drawn in storage order; how many at once changes nothing about them."""
+        random = np.random.Generator(np.random.SFC64([self.seed, crc32(name.encode())]))  # the quickest of numpy's
+        where = np.broadcast_to(True if where is None else where, onto.shape)
+        for rows in _blocks(onto):
+            mask = np.ascontiguousarray(where[rows])
+            drawn = random.standard_normal(np.count_nonzero(mask), dtype=np.float32).astype(onto.dtype, copy=False)
+            drawn *= std
+            onto[rows][mask] += drawn
+        return onto
 
 
 @dataclass(frozen=True)
@@ -193,15 +225,13 @@ class GrowthOperator:
         """
         terms = self.terms(target)
         blended = [self.blended(target, source, term) for term in terms]
-        Z = self.residual_for(target, source, blended[0])
-        in_place = isinstance(Z, np.ndarray) and target.name not in self.residual  # large tensors, held once less
-        for W, term in zip(blended, terms, strict=True):
-            widened = self.widened(target, W, source, term)
-            if in_place:
-                Z += widened
-            else:
-                Z = widened if Z is None else Z + widened
-        return Z
+        grown = reduce(add, (self.widened(target, W, source, term) for W, term in zip(blended, terms, strict=True)))
+        by, W = self._drawn_by(target, source, blended[0])
+        noise = by._noise(target, W)
+        if noise is not None and noise.where is not None and _is_own(grown, blended):
+            return by.fresh.add(grown, target.name, W, noise.where)
+        Z = by.residual_of(target, W)
+        return grown if Z is None else grown + Z
 
     def terms(self, target: Tensor) -> list[Term]:
         """The terms ``r`` of a tensor's sum: for each space that it writes and that has terms, which one is meant.
@@ -241,20 +271,19 @@ class GrowthOperator:
         if self.is_folded(target):  # the writer's rows were folded with the layer scale; divide the grown one out
             scale = self._layer_scale(target, source)
             # Where the scale is zero so is the folded row, and any row would do.
-            W = W / _along(scale + (scale == 0), self._write_axis(target), W)
+            W = W / _along(scale + (scale == 0), self._write_axis(target), W.ndim)
         return W
 
-    def residual_for(self, target: Tensor, source: Source, W: Array | None = None) -> Array | None:
-        """``Z`` of a tensor: as :meth:`residual_of` says, of what this operator was learned from where it was learned.
+    def residual_for(self, target: Tensor, source: Source) -> Array | None:
+        """``Z`` of a tensor, as :meth:`residual_of` says; of what this operator was learned from, where it was."""
+        by, W = self._drawn_by(target, source, None)
+        return by.residual_of(target, W)
 
-        Args:
-            target: The tensor.
-            source: Gives the source's tensors.
-            W: The blend of its first term, where that is known.
-        """
+    def _drawn_by(self, target: Tensor, source: Source, W: Array | None) -> tuple[GrowthOperator, Array]:
+        """The operator that a tensor's ``Z`` is drawn by, and that operator's blend; ``W`` is this one's, if known."""
         if self.start is not None and target.name not in self.residual:
-            return self.start.residual_for(target, source)
-        return self.residual_of(target, self.blended(target, source, self.terms(target)[0]) if W is None else W)
+            return self.start._drawn_by(target, source, None)
+        return self, self.blended(target, source, self.terms(target)[0]) if W is None else W
 
     def residual_of(self, target: Tensor, W: Array) -> Array | None:
         """``Z``: fresh entries where the function does not see them, in the scale of ``W``; None where there are none.
@@ -265,21 +294,31 @@ class GrowthOperator:
         if target.name in self.residual:
             Z = self.residual[target.name]
             return namespace(W).asarray(Z.as_matrix(), dtype=W.dtype) if isinstance(Z, Matrix) else Z
-        layout = target.parameter.parsed
-        if not layout.reads:
+        noise = self._noise(target, W)
+        if noise is None:
             return None
-        null = [a for a, role in enumerate(layout.roles) if role == "read" and self._reads_fresh(layout.axes[a])]
+        N = unseen = self.fresh.draw(target.name, W, target.shape, noise.where)
+        if noise.where is not None:
+            return N
+        for axis, space in noise.null.items():
+            unseen = space.part(unseen, axis)
+        return overlaid(unseen, N, noise.free) if noise.free.any() else unseen
+
+    def _noise(self, target: Tensor, W: Array) -> _Noise | None:
+        """Where the entries of a tensor are fresh; None where none are, or they are explicit."""
+        layout = target.parameter.parsed
+        if target.name in self.residual or not layout.reads:
+            return None
+        null = {
+            a: _NullSpace(self.axis_matrix(target, a), self.axis_matrix(target, a, "seen"))
+            for a, role in enumerate(layout.roles)
+            if role == "read" and self._reads_fresh(layout.axes[a])
+        }
         free = np.asarray(self.fresh.anew)  # as few axes as tell entries apart: large tensors, of which some are new
         for a, role in enumerate(layout.roles):
             unused = self._unused(target, a, ("write", "both") if role == "write" else ("both",))
-            free = free | _along(unused, a, W) if unused.any() else free
-        if not null and not free.any():
-            return None
-        N = self.fresh.draw(target.name, W, target.shape)
-        unseen = N if null else namespace(N).zeros_like(N)
-        for a in null:
-            unseen = _unseen(unseen, self.axis_matrix(target, a), self.axis_matrix(target, a, "seen"), a)
-        return overlaid(unseen, N, free) if free.any() else unseen
+            free = free | _along(unused, a, W.ndim) if unused.any() else free
+        return _Noise(null, free, W.ndim) if null or free.any() else None
 
     # --- the matrices of a tensor ----------------------------------------------------------------------------------
 
@@ -367,6 +406,21 @@ class GrowthOperator:
         """``w`` of the target's slot, ``(L2, L1)``."""
         return self.blend.get(target.key, self.blend[str(target.stack)])
 
+    def multiplications(self, target: Tensor) -> int:
+        """Multiplications to make a tensor: its blend's, and those of the matrices of its axes, one after the other."""
+        matrices = [self.axis_matrix(target, axis) for axis in range(len(target.shape))]
+        shape = [matrix.shape[1] for matrix in matrices]
+        mixed = (
+            0
+            if target.stack is None
+            else int(np.count_nonzero(np.asarray(self.blend_of(target))[..., target.layer, :]))
+        )
+        total = prod(shape) * mixed if mixed > 1 else 0
+        for axis, matrix in enumerate(matrices):
+            total += matrix.multiplications * prod(shape[:axis] + shape[axis + 1 :])
+            shape[axis] = matrix.shape[0]
+        return total
+
     def layer_map(self, stack: str) -> list[int]:
         """For each target layer of ``stack`` the source layer with the largest weight."""
         w = np.asarray(self.blend[stack])
@@ -432,7 +486,7 @@ class GrowthOperator:
         if not self.is_folded(target):
             return W
         scale = source(slot_key(target.stack, target.owner.name, "layer_scale"), layer)
-        return W * _along(scale, self._write_axis(target), W)
+        return W * _along(scale, self._write_axis(target), W.ndim)
 
     def _write_axis(self, target: Tensor) -> int:
         return target.parameter.parsed.roles.index("write")
@@ -590,28 +644,97 @@ def _fused(
     return factors[:first], segments, factors[first + 1 :]
 
 
-def _along(vector: Array, axis: int, like: Array) -> Array:
-    """``vector`` shaped to be broadcast along ``axis`` of ``like``."""
-    return vector.reshape(-1, *(1,) * (like.ndim - axis - 1))
+def _along(vector: Array, axis: int, rank: int) -> Array:
+    """``vector`` shaped to be broadcast along ``axis`` of an array with ``rank`` axes."""
+    return vector.reshape(-1, *(1,) * (rank - axis - 1))
 
 
 def _times(factor: Any, W: Array) -> Array:
     return W if isinstance(factor, float) and factor == 1 else factor * W
 
 
-def _unseen(N: Array, A: Matrix, C: Matrix, axis: int) -> Array:
-    """``N - N C A^T``: the part of noise that readers of ``C x`` do not see, in the scale of their own entries.
+@dataclass(frozen=True)
+class _NullSpace:
+    """What readers of ``C x`` do not see, along one axis that they read with ``A``: the range of ``I - C A^T``.
 
     A reader whose columns are shared out has smaller entries. Where copies share, only differences between them are
     unseen, of which there are ``D - d``; the entries that can hold noise have together the variance that they were
     drawn with.
     """
-    D, d = C.shape
-    share = float(np.abs(A.mT.apply(np.ones(D))).mean() / max(A.support.sum() / d, 1))
-    probe = np.random.default_rng(0).standard_normal(D)
-    free = int((~np.isclose(A.apply(C.mT.apply(probe)), probe)).sum())
-    scale = min(share, 1.0) * (free / (D - d)) ** 0.5 if d < D else 0.0
-    seen = A.apply(C.mT.apply(N, axis), axis)
-    if isinstance(seen, np.ndarray) and not np.may_share_memory(seen, N):
-        return np.multiply(np.subtract(N, seen, out=seen), scale, out=seen)
-    return (N - seen) * scale
+
+    A: Matrix
+    C: Matrix
+
+    @cached_property
+    def _probed(self) -> tuple[np.ndarray, np.ndarray]:
+        """Random entries, ``(D,)``, and what of them is seen."""
+        probe = np.random.default_rng(0).standard_normal(self.C.shape[0])
+        return probe, self.A.apply(self.C.mT.apply(probe))
+
+    @cached_property
+    def rows(self) -> np.ndarray | None:
+        """``(D,)`` booleans: the entries that hold noise, where each is seen as it is or not at all, else None."""
+        probe, seen = self._probed
+        alone: np.ndarray = seen == 0
+        return alone if (alone | np.isclose(seen, probe)).all() else None
+
+    @cached_property
+    def scale(self) -> float:
+        """The factor that brings noise to the scale of the readers' own entries."""
+        D, d = self.C.shape
+        if d == D:
+            return 0.0
+        share = float(np.abs(self.A.mT.apply(np.ones(D))).mean() / max(self.A.support.sum() / d, 1))
+        free = int((~np.isclose(*self._probed)).sum())
+        return min(share, 1.0) * float((free / (D - d)) ** 0.5)
+
+    def part(self, N: Array, axis: int) -> Array:
+        """``N - N C A^T`` in the scale of the readers' own entries."""
+        seen = self.A.apply(self.C.mT.apply(N, axis), axis)
+        if isinstance(seen, np.ndarray) and not np.may_share_memory(seen, N):
+            return np.multiply(np.subtract(N, seen, out=seen), self.scale, out=seen)
+        return (N - seen) * self.scale
+
+
+@dataclass(frozen=True)
+class _Noise:
+    """Which entries of a tensor are fresh.
+
+    Attributes:
+        null: By axis, what readers do not see.
+        free: A mask that broadcasts to the tensor: the entries that are drawn freely.
+        rank: How many axes the tensor has.
+    """
+
+    null: Mapping[int, _NullSpace]
+    free: np.ndarray
+    rank: int
+
+    @cached_property
+    def where(self) -> np.ndarray | None:
+        """A mask of the fresh entries, where each is drawn by itself; None where noise has to be projected.
+
+        Drawing takes the longest of all by far, so that nothing is drawn that a projection would take out again.
+        """
+        alone = [_along(space.rows, a, self.rank) for a, space in self.null.items() if space.rows is not None]
+        if len(alone) < len(self.null) or any(space.scale != 1 for space in self.null.values()):
+            return None
+        return reduce(np.logical_and, alone) | self.free if alone else self.free
+
+
+def _blocks(x: np.ndarray) -> Iterator[slice]:
+    """An array's rows, along its first axis, in blocks of about :data:`BLOCK` entries."""
+    rows = max(1, BLOCK * len(x) // max(x.size, 1))
+    return (slice(start, start + rows) for start in range(0, len(x), rows))
+
+
+def _std(x: np.ndarray) -> float:
+    """The standard deviation of all entries; numpy's own holds a second array of the size of ``x``."""
+    mean = x.mean(dtype=np.float64).astype(x.dtype)
+    squares = sum(float(np.square(x[rows] - mean).sum()) for rows in _blocks(x))
+    return float((squares / x.size) ** 0.5)
+
+
+def _is_own(grown: Array, sources: Sequence[Array]) -> bool:
+    """Whether an array is one of numpy's that may be overwritten: it shares nothing with what it was made of."""
+    return isinstance(grown, np.ndarray) and not any(np.may_share_memory(grown, W) for W in sources)

@@ -13,12 +13,14 @@ from zlib import crc32
 import numpy as np
 
 from growkit.caches import changed
+from growkit.learnable import Learnable
 from growkit.matrices import scaled
-from growkit.methods import Depth, Method, Refinement, SpaceGrowth, chosen
+from growkit.methods import Depth, Method, Refinement, SpaceGrowth, chosen, is_tied
 from growkit.model import Model
 from growkit.operator import Expansion, Fresh, GrowthOperator, unchanged
 from growkit.verdict import Verdict, tie_factor, variances, verdict
 from growkit_specs import (
+    FitSettings,
     InvalidTarget,
     LayerGraph,
     LayerMap,
@@ -85,6 +87,24 @@ class Plan:
             if port.space and self.operator.expansions[port.space].grows and port.name not in layered
         ]
 
+    def learnable(self, settings: FitSettings) -> Learnable:
+        """What a fit would learn of the operator; whether reads are writes is the method's to say, if nobody does."""
+        if settings.tied is None:
+            settings = settings.model_copy(update={"tied": is_tied(self.method)})
+        return Learnable(self.operator, self.source, self.target, settings)
+
+    def to_learn(self) -> dict[str, int]:
+        """What it takes to learn the operator as a fit does by itself: ``parameters``, ``bytes``, and ``flops``.
+
+        These are the floating-point operations to make every weight once: two for each multiplication.
+        """
+        learnable = self.learnable(FitSettings())
+        # Blends that are learned have no zeros; of the matrices nothing counts but which entries there are.
+        entries = [np.broadcast_to(np.float32(1), shape) for shape in learnable.shapes]
+        operator = learnable.operator(entries)
+        flops = 2 * sum(operator.multiplications(target) for target in self.target.tensors())
+        return {"parameters": learnable.parameters, "bytes": 4 * learnable.parameters, "flops": flops}
+
     def to_json(self) -> dict[str, Any]:
         """The plan as the command line prints it under ``--json``."""
         return {
@@ -93,6 +113,7 @@ class Plan:
             "method": self.method,
             "preserving": self.preserving,
             "reasons": [asdict(reason) for reason in self.verdict.reasons],
+            "operator": self.to_learn(),
             "outputs": self.outputs(),
             "kv_cache": changed(self.source, self.target),
             "layers_from": {stack: self.operator.layer_map(stack) for stack in self.source.depths},

@@ -5,10 +5,10 @@ Shape legend: ``b`` sequences, ``l`` their length in tokens, ``n`` tokens of the
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,8 +28,11 @@ MASKED = 0.15
 HIDDEN, REPLACED = 0.8, 0.1
 """Of these the shares that are hidden behind the mask, and that another token stands for; the rest stays as it is."""
 
-PIECE = 1 << 20
-"""How much text is split into tokens at once, in characters."""
+PIECE = 1 << 16
+"""How much text is split into tokens as one, in characters."""
+
+PIECES = 16
+"""How many of them at once: the tokenizer takes them side by side."""
 
 BLOCK = 1 << 22
 """How many tokens are looked at at once."""
@@ -189,12 +192,23 @@ def sequence_length(graph: LayerGraph, asked: int | None) -> int:
     Raises:
         GrowkitError: Where the model has fewer positions than are asked for.
     """
-    longest = graph.sizes.get("positions", asked or LENGTH) - int(graph.attributes.get("reserved_positions") or 0)
+    longest = _positions(graph) or asked or LENGTH
     if asked is None:
         return min(LENGTH, longest)
     if not 1 < asked <= longest:
         raise GrowkitError(f"sequences of {asked} tokens were asked for; the model takes 2 to {longest}")
     return asked
+
+
+def _positions(graph: LayerGraph) -> int | None:
+    """How many tokens a model has positions for; None where nothing says so.
+
+    Tables inside of blocks are looked up by something else, like the experts of an ONNX file.
+    """
+    held = [s for s, layer in graph.walk() for each in layer.parameters if "positions" in each.parsed.spaces]
+    if "positions" not in graph.sizes or (held and None not in held):
+        return None
+    return graph.sizes["positions"] - int(graph.attributes.get("reserved_positions") or 0)
 
 
 def sequences(
@@ -283,8 +297,10 @@ def encoded(tokenizer: Any, texts: Iterable[Iterable[str]], *, end: int | None, 
     for number, text in enumerate(texts):
         if number and end is not None:
             ids.append(end)
-        for piece in text:
-            ids.extend(tokenizer.encode(piece, add_special_tokens=False).ids)
+        pieces = iter(text)
+        while some := list(islice(pieces, PIECES)):
+            for encoding in tokenizer.encode_batch_fast(some, add_special_tokens=False):
+                ids.extend(encoding.ids)
             if most is not None and len(ids) >= most:
                 return np.frombuffer(ids, ids.typecode)[:most]
     return np.frombuffer(ids, ids.typecode)
@@ -358,8 +374,7 @@ def tokenizer_of(model: Model) -> Any:
 
 def end_token(model: Model, tokenizer: Any) -> int | None:
     """The token that ends a document; None where the tokenizer has none."""
-    file = model.beside("tokenizer_config.json")
-    told = json.loads(file.read_text(encoding="utf-8")) if file is not None else {}
+    told = model.told_beside("tokenizer_config.json")
     named = [told.get("eos_token"), told.get("sep_token")]
     written = [each["content"] if isinstance(each, dict) else each for each in named if each]
     return _first(tokenizer, (*written, *ENDS))

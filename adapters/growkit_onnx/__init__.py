@@ -74,7 +74,7 @@ class OnnxAdapter:
         return GraphForward(model, device)
 
     def bare(
-        self, model: Model, device: str = "auto", *, dtype: str = "float32", checkpointing: bool = False
+        self, model: Model, device: str = "auto", *, dtype: str = "float32", checkpointing: float | None = None
     ) -> BareForward:
         """The model as a function of its inputs and all of its weights, in torch."""
         import torch
@@ -83,7 +83,7 @@ class OnnxAdapter:
         from growkit_specs import GrowkitError
 
         if checkpointing:
-            raise GrowkitError("the blocks of an ONNX graph cannot be checkpointed; leave out checkpointing")
+            raise GrowkitError("the blocks of an ONNX graph cannot be run again; leave out checkpointing")
         return BareGraph(model, device, getattr(torch, dtype))
 
     def inputs(self, model: Model, seed: int, forward: Forward) -> Iterator[dict[str, np.ndarray]]:

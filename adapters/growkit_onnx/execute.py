@@ -8,7 +8,7 @@ that an abstract run knows every concrete shape and every concrete target of a R
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -25,6 +25,7 @@ from growkit_onnx.operation import (
     DTYPES,
     DataDependent,
     Operation,
+    as_numpy,
     as_torch,
     data_type,
     named,
@@ -41,6 +42,10 @@ TABLE = operators.TABLE | spatial.TABLE | attention.TABLE | fused.TABLE
 
 # Constants of at most so many entries keep their numbers in an abstract run: axes, sizes, scales.
 SMALL = 64
+
+# The attributes that are a number or a text, and those that are several.
+SINGLE = frozenset((ir.AttributeType.INT, ir.AttributeType.FLOAT, ir.AttributeType.STRING))
+LISTS = frozenset((ir.AttributeType.INTS, ir.AttributeType.FLOATS, ir.AttributeType.STRINGS))
 
 # What torch and Python raise where the inputs of a node do not fit its operator.
 MISFITS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -96,9 +101,31 @@ def run_node(node: ir.Node, inputs: Sequence[Tensor | None], opset: int, dtype: 
     outputs: Outputs = found if isinstance(found, tuple) else (found,)
     outputs = (*outputs, *(None,) * len(node.outputs))[: len(node.outputs)]
     for value, tensor in zip(node.outputs, outputs, strict=True):
-        if tensor is None and (value.uses() or value.is_graph_output()):
+        if tensor is None and _is_needed(value):
             raise UnsupportedModel(f"{named(node)}: its output '{value.name}' is not supported")
     return outputs
+
+
+def _alike(node: ir.Node, inputs: Sequence[Tensor | None]) -> Hashable | None:
+    """All that a node's outputs follow from; None where that is much, or nothing is abstract."""
+    if all(value is None or not value.is_meta for value in inputs):
+        return None
+    attributes = []
+    for name, attribute in node.attributes.items():
+        if attribute.is_ref() or attribute.type not in SINGLE | LISTS:
+            return None
+        value = attribute.value
+        attributes.append((name, attribute.type, tuple(value) if attribute.type in LISTS else value))
+    given: list[Hashable] = []
+    for value in inputs:
+        if value is None or value.is_meta:
+            given.append(value if value is None else (value.dtype, value.shape, value.stride()))
+        elif value.numel() <= SMALL:
+            given.append((value.dtype, value.shape, value.device, as_numpy(value).tobytes()))
+        else:
+            return None
+    needed = tuple(_is_needed(value) for value in node.outputs)
+    return _domain(node), node.op_type, tuple(sorted(attributes)), tuple(given), needed
 
 
 def _last_uses(graph: ir.Graph) -> dict[ir.Node, list[ir.Value]]:
@@ -134,6 +161,7 @@ class Executor:
         imports = self.graph.opset_imports
         self.opset = imports.get("", imports.get("ai.onnx", 1))
         self._initializers: dict[ir.Value, Tensor] = {}
+        self._known: dict[Hashable, Outputs] = {}
 
     def __call__(
         self, inputs: Mapping[str, Tensor | np.ndarray], weights: Mapping[str, Tensor] | None = None
@@ -231,8 +259,19 @@ class Executor:
             return tuple(self.find(value, environment) for value in branch.outputs)
         if node.op_type == "Constant":
             return (self.stored(operators.constant(node), named(node)),)
-        inputs = [value if value is None else self.find(value, environment) for value in node.inputs]
-        return run_node(node, inputs, self.opset, self.dtype)
+        return self.run(node, [value if value is None else self.find(value, environment) for value in node.inputs])
+
+    def run(self, node: ir.Node, inputs: Sequence[Tensor | None]) -> Outputs:
+        """What :func:`run_node` gives; in an abstract run it is computed once for nodes and inputs that are alike.
+
+        Layers repeat, and torch takes much longer over a tensor without numbers than it takes to see that.
+        """
+        alike = _alike(node, inputs) if self.device.type == "meta" else None
+        if alike is None:
+            return run_node(node, inputs, self.opset, self.dtype)
+        if alike not in self._known:
+            self._known[alike] = run_node(node, inputs, self.opset, self.dtype)
+        return self._known[alike]
 
     def _branch(self, node: ir.Node, environment: Mapping[ir.Value, Tensor]) -> ir.Graph:
         """The branch of an If that its condition chooses."""

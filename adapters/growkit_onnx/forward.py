@@ -23,7 +23,7 @@ from growkit.model import Model
 from growkit_onnx.execute import Executor
 from growkit_onnx.files import write_file
 from growkit_onnx.inputs import looked_up
-from growkit_onnx.operation import as_numpy
+from growkit_onnx.operation import as_numpy, torch_dtype
 from growkit_onnx.read import Origin, build
 from growkit_specs import GrowkitError
 
@@ -54,6 +54,11 @@ class BareGraph:
         }
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         self._executor = Executor(graph, self.device, dtype)
+
+    checkpointed = 0  # a graph has no blocks that it could run again
+
+    def clear(self) -> None:
+        """Nothing is held between two calls."""
 
     def __call__(self, inputs: Mapping[str, Any], weights: Mapping[str, Any]) -> dict[str, Any]:
         """The outputs by name, as tensors."""
@@ -93,6 +98,7 @@ class GraphForward:
         Returns:
             Outputs by name: numpy arrays, or torch tensors where ``weights`` are given.
         """
+        inputs = {name: self._declared(name, value) for name, value in inputs.items()}
         if weights is not None:
             return self._in_torch(inputs, weights)
         if not self._is_implemented:
@@ -105,6 +111,21 @@ class GraphForward:
             return dict(zip(names, session.run(names, given), strict=True))
         except Exception as error:  # the runtime's errors share no base class
             raise GrowkitError(f"ONNX Runtime cannot run the model: {_line(error)}") from None
+
+    def _declared(self, name: str, value: Array) -> Array:
+        """An input in the type that the file declares for it: tokens may be of 32 bits, a mask of truth values."""
+        dtype = self._types.get(name)
+        if dtype is None:
+            return value
+        if isinstance(value, torch.Tensor):
+            return value if value.is_floating_point() else value.to(torch_dtype(dtype, name))
+        return np.asarray(value).astype(dtype.numpy(), copy=False)
+
+    @cached_property
+    def _types(self) -> dict[str, ir.DataType]:
+        """The types of the source's inputs; caches of new layers are made by who knows theirs."""
+        graph = self.model.origin.model.graph
+        return {str(value.name): value.dtype for value in graph.inputs if value.dtype is not None}
 
     @property
     def session(self) -> ort.InferenceSession:

@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from growkit_onnx.execute import Executor, run_node
+from growkit_onnx.execute import Executor
 from growkit_onnx.infer import Scene, same_in_all
 from growkit_onnx.names import Names
 from growkit_onnx.operation import as_numpy, as_torch
@@ -162,7 +162,7 @@ class Resizing:
             return tuple(self.scene.runs[r].get(self.source(value)) for value in node.outputs)
         if node.op_type == "Constant":
             return (self._executor.stored(constant(node), node.name or "a constant"),)
-        return run_node(node, [value if value is None else self.runs[r][value] for value in node.inputs], self.opset)
+        return self._executor.run(node, [value if value is None else self.runs[r][value] for value in node.inputs])
 
     def _fits(self, node: ir.Node, given: Sequence[tuple[Any, ...]] | None) -> bool:
         return given is not None and all(

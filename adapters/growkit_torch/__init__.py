@@ -96,7 +96,7 @@ class TorchAdapter:
         return ModuleForward(model, device)
 
     def bare(
-        self, model: Model, device: str = "auto", *, dtype: str = "float32", checkpointing: bool = False
+        self, model: Model, device: str = "auto", *, dtype: str = "float32", checkpointing: float | None = None
     ) -> BareForward:
         """The model as a function of its inputs and all of its weights; blocks may be run again for gradients."""
         from growkit_torch.forward import BareModule

@@ -16,45 +16,110 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from growkit.matrices import Dense, Matrix
+from growkit.matrices import Dense, Matrix, RowBlocks
 from growkit_specs.recipe import Strategy
 
 
 @dataclass(frozen=True)
 class Fresh:
-    """The entries ``Z`` of a weight, ``(O, I)``, which are zero in the block of the source's entries, or nowhere.
+    """The entries ``Z`` of a weight, ``(O, I)``, in the parts that hold any.
+
+    What is beside the source's entries, ``(o, I - i)``, and what is below them, ``(O - o, I)``; or all of them.
 
     Attributes:
-        entries: All of them.
-        zero: The block's rows and columns.
+        shape: ``(O, I)``.
+        parts: Entries, and the rows and columns they stand in.
     """
 
-    entries: torch.Tensor
-    zero: tuple[int, int] = (0, 0)
+    shape: tuple[int, int]
+    parts: tuple[tuple[torch.Tensor, slice, slice], ...]
 
     @classmethod
     def of(cls, entries: torch.Tensor, source: tuple[int, int]) -> Fresh:
-        """Fresh entries beside a source tensor of a shape."""
-        rows, columns = source
-        return cls(entries, source if not entries[:rows, :columns].any() else (0, 0))
+        """Fresh entries beside a source tensor of a shape; those that are zero are let go."""
+        (o, i), (O, I) = source, entries.shape  # noqa: E741 - the equation's letter
+        if entries[:o, :i].any():
+            return cls.whole(entries)
+        places = ((slice(0, o), slice(i, I)), (slice(o, O), slice(0, I)))
+        parts = ((entries[rows, columns].clone(), rows, columns) for rows, columns in places)
+        return cls((O, I), tuple(part for part in parts if part[0].numel() and part[0].any()))
 
-    @property
+    @classmethod
+    def whole(cls, entries: torch.Tensor) -> Fresh:
+        """Fresh entries anywhere."""
+        O, I = entries.shape  # noqa: E741 - the equation's letter
+        return cls((O, I), ((entries, slice(0, O), slice(0, I)),))
+
+    @cached_property
     def mT(self) -> Fresh:
         """The transpose."""
-        return Fresh(self.entries.mT, self.zero[::-1])
+        return Fresh(self.shape[::-1], tuple((part.mT, columns, rows) for part, rows, columns in self.parts))
 
     @property
     def multiplications(self) -> int:
         """Multiplications to apply it to one vector."""
-        return self.entries.numel() - self.zero[0] * self.zero[1]
+        return sum(part.numel() for part, _, _ in self.parts)
 
-    def apply(self, x: torch.Tensor) -> torch.Tensor:
-        """``Z x``, ``x`` being ``(T, I)``."""
-        rows, columns = self.zero
-        if rows == 0 or columns == 0:
-            return F.linear(x, self.entries)
-        beside = F.linear(x[..., columns:], self.entries[:rows, columns:])
-        return torch.cat([beside, F.linear(x, self.entries[rows:])], dim=-1)
+    @property
+    def is_learned(self) -> bool:
+        """Whether its entries are learned."""
+        return any(part.requires_grad for part, _, _ in self.parts)
+
+    @property
+    def entries(self) -> torch.Tensor:
+        """All entries, ``(O, I)``."""
+        if len(self.parts) == 1 and self.parts[0][0].shape == self.shape:
+            return self.parts[0][0]
+        return self.added_to(self.parts[0][0].new_zeros(self.shape))
+
+    def added_to(self, matrix: torch.Tensor) -> torch.Tensor:
+        """``matrix + Z``; a matrix that nothing else holds, and is overwritten."""
+        for part, rows, columns in self.parts:
+            matrix[rows, columns] += part
+        return matrix
+
+    def added(self, y: torch.Tensor, x: Columns, rows: slice) -> torch.Tensor:
+        """``y + Z x`` of some rows of ``Z``, ``y`` being ``(T, rows)``."""
+        for part, at, columns in self.parts:
+            first, last = max(at.start, rows.start), min(at.stop, rows.stop)
+            if first >= last:
+                continue
+            entries = part[first - at.start : last - at.start].mT
+            if (first, last) == (rows.start, rows.stop):
+                y = torch.addmm(y, x.between(columns), entries)
+            else:
+                more = x.between(columns) @ entries
+                y = y + F.pad(more, (first - rows.start, rows.stop - last))
+        return y
+
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        """Rows of it, as an embedding looks them up; there is no other part than what is beside the source's."""
+        found = [F.pad(F.embedding(index, part), (c.start, self.shape[1] - c.stop)) for part, _, c in self.parts]
+        return sum(found[1:], found[0])
+
+
+class Columns:
+    """A tensor that is read in parts of its last axis: each way to part it is made once.
+
+    Parting it at once, and not part by part, makes its gradient of parts laid side by side.
+    """
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x.reshape(-1, x.shape[-1])
+        self._parts: dict[tuple[int, ...], tuple[torch.Tensor, ...]] = {}
+
+    def parts(self, sizes: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+        """The parts of these sizes."""
+        if sizes not in self._parts:
+            self._parts[sizes] = torch.split(self.x, list(sizes), dim=-1)
+        return self._parts[sizes]
+
+    def between(self, columns: slice) -> torch.Tensor:
+        """Some of its entries."""
+        size = self.x.shape[-1]
+        sizes = (columns.start, columns.stop - columns.start, size - columns.stop)
+        where = tuple(each for each in sizes if each)
+        return self.x if where == (size,) else self.parts(where)[1 if columns.start else 0]
 
 
 class Reads:
@@ -62,17 +127,32 @@ class Reads:
 
     def __init__(self) -> None:
         self.x: torch.Tensor | None = None
+        self.columns: Columns
         self.read: dict[Matrix, torch.Tensor] = {}
 
-    def __call__(self, A: Matrix, x: torch.Tensor) -> torch.Tensor:
-        """``A^T x`` along the last axis."""
-        if A.is_identity:
-            return x
+    def of(self, x: torch.Tensor) -> Columns:
+        """A tensor's rows, to be read in parts."""
         if self.x is not x:
-            self.x, self.read = x, {}
+            self.x, self.columns, self.read = x, Columns(x), {}
+        return self.columns
+
+    def __call__(self, A: Matrix, x: torch.Tensor) -> torch.Tensor:
+        """``A^T x`` of every row, ``(T, i)``."""
+        columns = self.of(x)
+        if A.is_identity:
+            return columns.x
         if A not in self.read:
-            self.read[A] = A.mT.apply(x, x.ndim - 1)
+            self.read[A] = _read(A, columns)
         return self.read[A]
+
+
+def _read(A: Matrix, x: Columns) -> torch.Tensor:
+    if not isinstance(A, RowBlocks):
+        return A.mT.apply(x.x, 1)
+    parts = x.parts(tuple(block.shape[0] for block in A.blocks))
+    return sum(
+        (b.mT.apply(p, 1) for b, p in zip(A.blocks[1:], parts[1:], strict=True)), A.blocks[0].mT.apply(parts[0], 1)
+    )
 
 
 @dataclass(frozen=True)
@@ -86,6 +166,7 @@ class Factors:
         Z: Its fresh entries, where there are any.
         reads: Where what is read is kept.
         strategy: How it acts.
+        readers: How many weights, this one among them, read what it reads.
     """
 
     B: Matrix
@@ -94,6 +175,7 @@ class Factors:
     Z: Fresh | None = None
     reads: Reads = field(default_factory=Reads)
     strategy: Strategy = "auto"
+    readers: int = 1
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -120,18 +202,26 @@ class Factors:
         if self.is_made(x.numel() // x.shape[-1] if x.shape[-1] else 0):
             return F.linear(x, self.matrix.mT if turned else self.matrix, bias)
         B, M, A, Z = (self.A, self.M.mT, self.B, self.Z and self.Z.mT) if turned else (self.B, self.M, self.A, self.Z)
+        if B.is_identity and Z is None:
+            return F.linear(self.reads(A, x), M, bias).reshape(*x.shape[:-1], B.shape[0])
         y = F.linear(self.reads(A, x), M)
-        y = B.apply(y, y.ndim - 1)
-        if Z is not None:
-            y = y + Z.apply(x)
-        return y if bias is None else y + bias
+        blocks = B.blocks if isinstance(B, RowBlocks) else (B,)
+        written, start = [], 0
+        for block in blocks:
+            rows = slice(start, start + block.shape[0])
+            part = block.apply(y, 1)
+            written.append(part if Z is None else Z.added(part, self.reads.of(x), rows))
+            start = rows.stop
+        whole = written[0] if len(written) == 1 else torch.cat(written, dim=-1)
+        whole = whole if bias is None else whole + bias
+        return whole.reshape(*x.shape[:-1], B.shape[0])
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
         """The rows of an index, as an embedding looks them up."""
         if not self.B.is_identity:
             return F.embedding(index, self.whole)
         y = self.A.apply(F.embedding(index, self.M), index.ndim)
-        return y if self.Z is None else y + F.embedding(index, self.Z.entries)
+        return y if self.Z is None or not self.Z.parts else y + self.Z.rows(index)
 
     @property
     def whole(self) -> torch.Tensor:
@@ -148,10 +238,10 @@ class Factors:
         """Multiplications to apply the factors to ``rows`` rows of ``x``, and for the gradients."""
         o, i = self.M.shape
         fresh = self.Z.multiplications if self.Z is not None else 0
-        moved = self.B.multiplications + o * i + self.A.multiplications + fresh
-        learned = _learned(self.B) + _learned(self.A) + (o * i if self.M.requires_grad else 0)
-        learned += fresh if self.Z is not None and self.Z.entries.requires_grad else 0
-        return rows * (2 * moved + learned)
+        moved = self.B.multiplications + o * i + self.A.multiplications / self.readers + fresh
+        learned = _learned(self.B) + _learned(self.A) / self.readers + (o * i if self.M.requires_grad else 0)
+        learned += fresh if self.Z is not None and self.Z.is_learned else 0
+        return round(rows * (2 * moved + learned))
 
     def cost_made(self, rows: int) -> int:
         """Multiplications to make the matrix, again for its gradient, and to apply it to ``rows`` rows of ``x``."""
@@ -211,7 +301,9 @@ class GrownWeight(torch.Tensor):
         return func(*map(_made, args), **{name: _made(value) for name, value in kwargs.items()})
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Below torch's functions nothing knows the factors."""
         return func(*map(_made, args), **{name: _made(value) for name, value in (kwargs or {}).items()})
 
@@ -276,6 +368,11 @@ def _turned(weight: Any, *axes: Any) -> Any:
     return GrownWeight(weight.factors, not weight.turned)
 
 
+def _getter(name: str) -> Any:
+    """What torch calls to get an attribute of a tensor."""
+    return getattr(torch.Tensor, name).__get__
+
+
 _PRODUCTS: dict[Any, Callable[..., Any]] = {
     F.linear: _linear,
     torch.matmul: _matmul,
@@ -294,26 +391,30 @@ _PRODUCTS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.t: _turned,
     torch.transpose: _turned,
     torch.Tensor.transpose: _turned,
-    torch.Tensor.T.__get__: _turned,
-    torch.Tensor.mT.__get__: _turned,
+    **{_getter(name): _turned for name in ("T", "mT")},
 }
 """What knows the factors; each gives NotImplemented where it does not know them after all."""
 
 _FACTS = {
-    torch.Tensor.shape.__get__,
-    torch.Tensor.dtype.__get__,
-    torch.Tensor.device.__get__,
-    torch.Tensor.layout.__get__,
-    torch.Tensor.ndim.__get__,
-    torch.Tensor.requires_grad.__get__,
-    torch.Tensor.is_meta.__get__,
-    torch.Tensor.is_cuda.__get__,
-    torch.Tensor.is_cpu.__get__,
-    torch.Tensor.is_sparse.__get__,
-    torch.Tensor.is_nested.__get__,
-    torch.Tensor.is_quantized.__get__,
-    torch.Tensor.is_leaf.__get__,
-    torch.Tensor.grad_fn.__get__,
+    *map(
+        _getter,
+        (
+            "shape",
+            "dtype",
+            "device",
+            "layout",
+            "ndim",
+            "requires_grad",
+            "is_meta",
+            "is_cuda",
+            "is_cpu",
+            "is_sparse",
+            "is_nested",
+            "is_quantized",
+            "is_leaf",
+            "grad_fn",
+        ),
+    ),
     torch.Tensor.size,
     torch.Tensor.dim,
     torch.Tensor.numel,

@@ -12,9 +12,11 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -24,7 +26,6 @@ from growkit.data import Data
 from growkit.fit import Progress, Run
 from growkit.grow import grow
 from growkit.loss import IGNORED, Batch
-from growkit.methods import is_tied
 from growkit.model import Model
 from growkit.operator import GrowthOperator
 from growkit.plan import Plan
@@ -45,10 +46,10 @@ def fit(model: Model, plan: Plan, data: Data, settings: FitSettings, run: Run) -
         GrowkitError: For what cannot be learned, data that does not fit, or a loss that is not finite.
     """
     with _processes(run) as world:
-        return _Fit(model, plan, data, settings, run, world).run()
+        return Fit(model, plan, data, settings, run, world).run()
 
 
-class _World:
+class World:
     """The processes that fit together.
 
     Attributes:
@@ -64,7 +65,7 @@ class _World:
 
 
 @contextmanager
-def _processes(run: Run) -> Iterator[_World]:
+def _processes(run: Run) -> Iterator[World]:
     """The processes that ``torchrun`` started; where they are joined already they are left so."""
     device = device_named(run.device)
     joins = "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized()
@@ -74,18 +75,16 @@ def _processes(run: Run) -> Iterator[_World]:
     if joins:
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     try:
-        yield _World(device)
+        yield World(device)
     finally:
         if joins:
             dist.destroy_process_group()
 
 
-class _Fit:
+class Fit:
     """One fit, from its first step or from a checkpoint to its end."""
 
-    def __init__(self, model: Model, plan: Plan, data: Data, settings: FitSettings, run: Run, world: _World) -> None:
-        if settings.tied is None:
-            settings = settings.model_copy(update={"tied": is_tied(plan.method)})
+    def __init__(self, model: Model, plan: Plan, data: Data, settings: FitSettings, run: Run, world: World) -> None:
         self.plan, self.data, self.settings, self.world = plan, data, settings, world
         self.to = run
         device = world.device
@@ -95,8 +94,7 @@ class _Fit:
         self.growing = Growing(
             model,
             large,
-            start=plan.operator,
-            settings=settings,
+            learnable=replace(plan, target=large.graph).learnable(settings),
             forward=forward,
             loss=loss,
             device=device,
@@ -116,19 +114,21 @@ class _Fit:
         if self.to.sharded:
             from torch.distributed.fsdp import fully_shard
 
-            return fully_shard(self.growing)
+            fully_shard(self.growing)
+            return self.growing
         return torch.nn.parallel.DistributedDataParallel(self.growing, find_unused_parameters=True)
 
     # --- the loop ----------------------------------------------------------------------------------------------------
 
     def run(self) -> GrowthOperator:
+        """Do the steps that are left, and give the operator."""
         if self.to.resume and self.to.checkpoint is not None and self.to.checkpoint.exists():
             self._restore(self.to.checkpoint)
         began, tokens = time.perf_counter(), 0
         while self.step < self.settings.steps:
             batch = self._batch(self.step)
             lr = self._rate(self.step)
-            loss, gradient = self._stepped(batch, lr)
+            loss, gradient = self.stepped(batch, lr)
             self.step += 1
             tokens += _size(batch)
             validation = self._looked()
@@ -154,7 +154,7 @@ class _Fit:
         share = (step - rising) / max(self.settings.steps - rising, 1)
         return self.settings.lr * 0.5 * (1 + math.cos(math.pi * share))
 
-    def _stepped(self, batch: Mapping[str, Any], lr: float) -> tuple[float, float]:
+    def stepped(self, batch: Mapping[str, Any], lr: float) -> tuple[float, float]:
         """One step: its loss, and the norm of its gradient."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -177,17 +177,19 @@ class _Fit:
             with self._alone(i + 1 < len(mine)), self._precision():
                 loss = self.module(part)
                 weighed = loss * (count / max(sum(counts), 1))
-                if backward:
-                    (weighed * self.world.size).backward()
+            if backward:
+                (weighed * self.world.size).backward()
             total += weighed.detach()
+            self.growing.run.clear()
         if self.world.size > 1:
             dist.all_reduce(total)
         return float(total)
 
     def _alone(self, more: bool) -> AbstractContextManager[Any]:
         """Gradients are shared with the other processes once, after the last part."""
-        waits = more and isinstance(self.module, torch.nn.parallel.DistributedDataParallel)
-        return self.module.no_sync() if waits else nullcontext()
+        if more and isinstance(self.module, torch.nn.parallel.DistributedDataParallel):
+            return self.module.no_sync()
+        return nullcontext()
 
     def _precision(self) -> AbstractContextManager[Any]:
         half = self.settings.precision == "bfloat16"
@@ -264,7 +266,14 @@ class _Fit:
         for free in ("validate_every", "patience", "accumulate", "strategy", "checkpointing", "compile"):
             told.pop(free)
         recipe = self.plan.recipe
-        return {"settings": told, "method": recipe.method, "target": recipe.target.requested(), "seed": recipe.seed}
+        first = self._batch(0)
+        return {
+            "settings": told,
+            "method": recipe.method,
+            "target": recipe.target.requested(),
+            "seed": recipe.seed,
+            "first batch": crc32(b"".join(first[name].numpy().tobytes() for name in sorted(first))),
+        }
 
 
 def as_tensors(batch: Batch) -> dict[str, Any]:

@@ -66,10 +66,10 @@ class FitState:
 def _like(entry: torch.Tensor, array: np.ndarray) -> torch.Tensor:
     """An array as a tensor that lies as ``entry`` does."""
     tensor = torch.from_numpy(np.array(array)).to(entry.device)
-    if hasattr(entry, "device_mesh"):
+    if hasattr(entry, "device_mesh"):  # a shard of a distributed tensor
         from torch.distributed.tensor import distribute_tensor
 
-        placed: torch.Tensor = distribute_tensor(tensor, entry.device_mesh, entry.placements)
+        placed: torch.Tensor = distribute_tensor(tensor, entry.device_mesh, getattr(entry, "placements", None))
         return placed
     return tensor
 

@@ -102,11 +102,12 @@ class BareModule:
         model: The model.
         device: Where it runs.
         dtype: The element type in which it runs, that of the weights.
-        checkpointing: Whether the blocks of its stacks are run again for their gradients, and not kept.
+        checkpointing: The share of its stacks' blocks that are run again for their gradients, and not kept; None takes
+            half.
     """
 
     def __init__(
-        self, model: Model, device: str = "auto", *, dtype: str = "float32", checkpointing: bool = False
+        self, model: Model, device: str = "auto", *, dtype: str = "float32", checkpointing: float | None = None
     ) -> None:
         import torch
 
@@ -121,14 +122,14 @@ class BareModule:
         self._places = list(_places(self.module, tensors))
         if missing := {t.name for t in tensors} - {place.tensor.name for place in self._places}:
             raise GrowkitError(f"{type(self.module).__name__} has no place for the tensor {min(missing)}")
-        for place in self._places:
-            place.holder._parameters[place.name] = None
+        self.clear()
         self.module.to(self.device)
         if getattr(self.module, "config", None) is not None:
             self.module.config.use_cache = False
-        if checkpointing:
-            for block in self._blocks():
-                block.forward = _run_again(block.forward)
+        blocks = self._blocks()
+        self.checkpointed = round((0.5 if checkpointing is None else checkpointing) * len(blocks))
+        for block in blocks[: self.checkpointed]:
+            block.forward = _run_again(block.forward)
 
     def __call__(self, inputs: Mapping[str, Any], weights: Mapping[str, Any]) -> dict[str, Any]:
         """The outputs by name, as tensors."""
@@ -140,6 +141,11 @@ class BareModule:
         given = {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in given.items()}
         with _by_default(self.dtype):
             return named_outputs(self.module(**given))
+
+    def clear(self) -> None:
+        """Let go of the weights of the last call."""
+        for place in self._places:
+            place.holder._parameters[place.name] = None
 
     def _blocks(self) -> list[Any]:
         """The modules that are the blocks of stacks: the parts of the tensors' paths up to the layer's number."""

@@ -6,17 +6,20 @@ the stacked tensors of the source's layers; then each grown weight acts as its f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from growkit.adapters import BareForward
+from growkit.learnable import Learnable
 from growkit.model import Model
 from growkit.operator import GrowthOperator
 from growkit.weights import Grower, refuse_nonfinite
-from growkit_specs import FitSettings, Tensor
+from growkit_specs import Tensor
 from growkit_torch.factored import Factors, Fresh, GrownWeight, Reads
 from growkit_torch.learned import LearnedOperator, is_factored
 from growkit_torch.losses import LABELS, Loss
@@ -45,8 +48,7 @@ class Growing(torch.nn.Module):
     Args:
         model: The source.
         large: The larger model; its weights are not asked for.
-        settings: What is learned, and how grown weights act.
-        start: The operator to begin with.
+        learnable: What is learned.
         forward: Runs the larger model.
         loss: The loss.
         device: Where the tensors lie.
@@ -58,26 +60,28 @@ class Growing(torch.nn.Module):
         model: Model,
         large: Model,
         *,
-        start: GrowthOperator,
-        settings: FitSettings,
+        learnable: Learnable,
         forward: BareForward,
         loss: Loss,
         device: str,
         source_forward: BareForward | None = None,
     ) -> None:
         super().__init__()
-        self.settings, self.loss = settings, loss
-        self.dtype = getattr(torch, settings.dtype)
+        self.settings, self.loss = learnable.settings, loss
+        self.dtype = getattr(torch, self.settings.dtype)
         self.run, self.run_source = forward, source_forward
         self.sources = [tensor.name for tensor in model.graph.tensors()]
         self.targets = list(large.graph.tensors())
-        self.names = Grower(model, start).names
+        self.names = Grower(model, learnable.start).names
         self.frozen = torch.nn.ParameterList()
         self.held: dict[str, Held] = {}
         self._hold(model, device)
         weights = {name: self._frozen(name) for held in self.held.values() for name in held.names}
-        self.learned = LearnedOperator(start, model.graph, large.graph, settings, weights).to(device)
-        self.fresh = self._draw(start)
+        self.learned = LearnedOperator(learnable, weights).to(device)
+        self.fresh: dict[str, Fresh] = {}
+        self.entries: dict[str, torch.Tensor] = {}
+        self._draw(learnable.start)
+        self.readers = _readers(self.targets)
 
     def _hold(self, model: Model, device: str) -> None:
         """Read the source's tensors, each once."""
@@ -113,18 +117,21 @@ class Growing(torch.nn.Module):
         entry: torch.Tensor = self.frozen[held.entry]
         return entry[number] if held.stacked else entry
 
-    def _draw(self, start: GrowthOperator) -> dict[str, Fresh]:
-        """``Z`` of every tensor that has fresh entries; where it is learned, what it begins with."""
-        fresh = {}
+    def _draw(self, start: GrowthOperator) -> None:
+        """``Z`` of every tensor whose fresh entries stay; where they are learned, that is what they begin with."""
+        operator = self.learned.operator()
         with torch.no_grad():
             for target in self.targets:
                 Z = start.residual_for(target, self.source)
                 if Z is None:
                     continue
                 Z = torch.as_tensor(Z, dtype=self.dtype, device=self.frozen[0].device)
-                self.learned.set_residual(target.name, Z)
-                fresh[target.name] = Fresh.of(Z, self._shape(target)) if Z.ndim == 2 else Fresh(Z)
-        return fresh
+                if target.name in self.learned.learnable.residuals:
+                    self.learned.set_residual(target.name, Z)
+                elif is_factored(operator, target):
+                    self.fresh[target.name] = Fresh.of(Z, self._shape(target))
+                else:
+                    self.entries[target.name] = Z
 
     def _shape(self, target: Tensor) -> tuple[int, int]:
         rows, columns = self.source(target.key, 0 if target.stack is not None else None).shape
@@ -134,8 +141,7 @@ class Growing(torch.nn.Module):
 
     def operator(self) -> GrowthOperator:
         """The operator as it is now."""
-        fixed = {name: each.entries for name, each in self.fresh.items() if name not in self.learned.learned_residuals}
-        return self.learned.operator(fixed)
+        return self.learned.operator(self.entries)
 
     def weights(self, operator: GrowthOperator, rows: int) -> dict[str, torch.Tensor]:
         """Every tensor of the larger model, those that can as their factors.
@@ -155,14 +161,22 @@ class Growing(torch.nn.Module):
             blend = blends.get(target.key)
             M = operator.blended(target, self.source) if blend is None else blend[target.layer or 0]
             B, A = (operator.axis_matrix(target, axis) for axis in (0, 1))
-            factors = Factors(B, M, A, self._fresh(operator, target), reads, self.settings.strategy)
+            factors = Factors(
+                B,
+                M,
+                A,
+                self._fresh(operator, target),
+                reads,
+                self.settings.strategy,
+                readers=self.readers[target.name],
+            )
             grown[target.name] = GrownWeight(self._settled(factors, rows))
         return grown
 
     def _blends(self, operator: GrowthOperator) -> dict[str, tuple[torch.Tensor, ...]]:
         """``w W`` of every slot whose blend is learned: one product for all of its target layers."""
         blends = {}
-        for key in self.learned.learned_blends():
+        for key in self.learned.learnable.blends:
             held = self.held[key]
             if self.learned.source_weight(held.names[0]) is None and held.stacked:
                 entry = self.frozen[held.entry]
@@ -174,18 +188,17 @@ class Growing(torch.nn.Module):
         return blends
 
     def _fresh(self, operator: GrowthOperator, target: Tensor) -> Fresh | None:
-        if target.name in self.learned.learned_residuals:
-            return Fresh(operator.residual[target.name])
+        if target.name in self.learned.learnable.residuals:
+            Z: Any = operator.residual[target.name]
+            return Fresh.whole(Z)
         return self.fresh.get(target.name)
 
     def _settled(self, factors: Factors, rows: int) -> Factors:
         """With blocks that are run again nothing may depend on what was run before: the way is chosen now."""
-        if not self.settings.checkpointing:
+        if not self.run.checkpointed:
             return factors
         made = factors.is_made(rows)
-        settled = Factors(
-            factors.B, factors.M, factors.A, factors.Z, factors.reads, "materialised" if made else "factored"
-        )
+        settled = replace(factors, strategy="materialised" if made else "factored")
         if made:
             settled.matrix  # noqa: B018 - made before the blocks, which find it there both times
         return settled
@@ -200,6 +213,16 @@ class Growing(torch.nn.Module):
         with torch.no_grad():
             source = self.run_source(inputs, {name: self._frozen(name) for name in self.sources})
         return self.loss(outputs, batch, source=source, operator=operator)
+
+
+def _readers(targets: Sequence[Tensor]) -> dict[str, int]:
+    """For each tensor how many of its layer read the same axis: what is read is made once for queries, keys, values."""
+    axes = {
+        t.name: (t.stack, t.layer, t.owner.name, tuple(map(str, t.parameter.parsed.reads)), t.parameter.parsed.roles)
+        for t in targets
+    }
+    counts = Counter(axes.values())
+    return {name: counts[place] for name, place in axes.items()}
 
 
 def rows_of(inputs: Mapping[str, torch.Tensor]) -> int:

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from growkit.adapters import Forward
+from growkit.adapters import BareForward, Forward
 from growkit.matrices import Array
 from growkit.model import Model
 from growkit.operator import GrowthOperator
 from growkit.reference import reference_forward
 from growkit.verify import generated_inputs
 from growkit.weights import dtype_of
-from growkit_specs import LayerGraph, Signature, UnsupportedFormat
+from growkit_specs import GrowkitError, LayerGraph, Signature, UnsupportedFormat
 from growkit_specs.layout import axis_size
 
 
@@ -67,6 +67,16 @@ class MemoryAdapter:
     def inputs(self, model: Model, seed: int, forward: Forward) -> Iterator[dict[str, np.ndarray]]:
         """Inputs made from the graph's ports."""
         return generated_inputs(model.graph, seed)
+
+    def bare(
+        self, model: Model, device: str = "auto", *, dtype: str = "float32", checkpointing: float | None = None
+    ) -> BareForward:
+        """A model in memory cannot be fitted: numpy has no gradients.
+
+        Raises:
+            GrowkitError: Always.
+        """
+        raise GrowkitError("a model in memory cannot be fitted; numpy has no gradients")
 
     def forward(self, model: Model, device: str = "auto") -> Forward:
         """:func:`~growkit.reference.reference_forward` of the model, whatever the device."""

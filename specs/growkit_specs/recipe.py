@@ -220,14 +220,27 @@ Strategy = Literal["auto", "factored", "materialised"]
 """How a grown weight acts in a fit: as its factors one after the other, or as the matrix that they make."""
 
 
+def _listed(value: object) -> object:
+    """``"depth,width"``."""
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+def _by_name(value: object) -> object:
+    """``"hidden=dense,ffn=source"``."""
+    if not isinstance(value, str):
+        return value
+    pairs = [part.partition("=") for part in value.split(",") if part.strip()]
+    return {name.strip(): structure.strip() for name, _, structure in pairs}
+
+
 class FitSettings(Spec):
     """How an operator is learned.
 
     Attributes:
         learn: What is learned.
         structure: What of a space's matrices is learned, by space (``hidden``), or by a whole head axis
-            (``(heads head_dim)``), whose heads are mixed then. Spaces that are not named: ``source``, but for head_dim,
-            which is ``fixed``.
+            (``(heads head_dim)``), whose entries are mixed then. Spaces that are not named: ``source``; ``fixed`` for
+            head_dim, and where ``A`` is not ``B`` for the units behind an activation (ffn).
         tied: Whether what reads is what writes, ``A = B`` (and norms grow by ``B``), as published; None takes the
             starting method's way, which is ``False`` but for ``ligo-paper``.
         per_layer: Whether spaces inside blocks have matrices for each target layer, not one for all.
@@ -242,15 +255,16 @@ class FitSettings(Spec):
             ``module:function``.
         strategy: How grown weights act; ``auto`` chooses for each by the multiplications that it takes.
         precision: ``float32``, ``float64``, or ``bfloat16`` where autocast can use it.
-        checkpointing: Whether blocks are run again for their gradients, and not kept.
+        checkpointing: The share of a stack's blocks that are run again for their gradients, and not kept: less memory,
+            more work. None takes half of a PyTorch model's, and none of an ONNX graph's.
         compile: Whether the model is compiled by ``torch.compile``.
         validate_every: Steps between two looks at the validation split; None looks at the end alone.
         patience: Looks without a better loss after which the fit stops early; None never does.
         seed: The seed of the data's order.
     """
 
-    learn: tuple[Learned, ...] = ("depth", "width")
-    structure: dict[str, Structure] = Field(default_factory=dict)
+    learn: Annotated[tuple[Learned, ...], BeforeValidator(_listed)] = ("depth", "width")
+    structure: Annotated[dict[str, Structure], BeforeValidator(_by_name)] = Field(default_factory=dict)
     tied: bool | None = None
     per_layer: bool = False
     steps: int = Field(default=100, ge=1)
@@ -263,7 +277,7 @@ class FitSettings(Spec):
     loss: str = "auto"
     strategy: Strategy = "auto"
     precision: Literal["float32", "float64", "bfloat16"] = "float32"
-    checkpointing: bool = False
+    checkpointing: float | None = Field(default=None, ge=0, le=1)
     compile: bool = False
     validate_every: int | None = Field(default=None, ge=1)
     patience: int | None = Field(default=None, ge=1)
@@ -307,6 +321,8 @@ class Recipe(Spec):
         check: Whether the grown model is verified against the source before it is put in place.
         outputs: What becomes of outputs that live in a space that grows; None leaves it to the format.
         kv_cache: What becomes of cached keys and values among the inputs; None leaves it to the format.
+        fit: How the operator is learned before the model is grown; None for the method's own operator.
+        data: What it is learned on, a path.
     """
 
     source: str
@@ -326,6 +342,8 @@ class Recipe(Spec):
     check: bool = False
     outputs: OutputPolicy | None = None
     kv_cache: CachePolicy | None = None
+    fit: FitSettings | None = None
+    data: str | None = None
 
     @property
     def signature(self) -> Signature:
@@ -334,7 +352,7 @@ class Recipe(Spec):
 
     def to_yaml(self) -> str:
         """The recipe as YAML text; what was left to its default is left out, but for method and seed."""
-        told = self.model_dump(exclude_none=True)
+        told = self.model_dump(mode="json", exclude_none=True)
         default = {name for name in ("dtype", "check") if told[name] == Recipe.model_fields[name].default}
         return yaml.safe_dump({name: value for name, value in told.items() if name not in default}, sort_keys=False)
 

@@ -285,6 +285,46 @@ def test_fresh_entries_depend_on_the_seed_and_the_tensor_only() -> None:
     assert not np.allclose(drawn(0, 0), drawn(0, 1))
 
 
+def padded(space: str) -> Expansion:
+    """A space whose new entries come behind the source's, as fresh as those of copies."""
+    behind = pad(LARGE[space], SMALL[space])
+    return Expansion(behind, behind, behind, fresh=COPIES[space].fresh)
+
+
+PADDED = {space: padded(space) for space in ("hidden", "ffn")}
+
+
+@pytest.mark.parametrize("expansions", [COPIES, PADDED], ids=["copies", "padded"])
+def test_a_grown_tensor_is_what_is_widened_plus_the_residual(expansions: Mapping[str, Expansion]) -> None:
+    """However the fresh entries get there; torch goes the one way, numpy the other."""
+    operator, target = GrowthOperator(expansions, {"stack": np.eye(1)}), tensor_of("ffn <- hidden")
+    W = np.random.default_rng(0).standard_normal((2, 3))
+    Z = operator.residual_of(target, W)
+    assert Z is not None
+    grown = operator.grow(target, lambda key, layer: W)
+    np.testing.assert_allclose(grown, operator.widened(target, W, lambda key, layer: W) + Z, rtol=1e-12)
+    in_torch = operator.grow(target, lambda key, layer: torch.from_numpy(W))
+    np.testing.assert_allclose(grown, in_torch, rtol=1e-12)
+
+
+def test_how_many_entries_are_drawn_at_once_changes_none_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained, where = np.random.default_rng(0).normal(3, 0.1, (40, 7)), np.arange(60) % 3 > 0
+    wide = Fresh().draw("w", trained, (60, 9), where[:, None])
+    monkeypatch.setattr("growkit.operator.BLOCK", 20)
+    np.testing.assert_allclose(Fresh().draw("w", trained, (60, 9), where[:, None]), wide, rtol=1e-12)
+    assert ((wide != 0).all(axis=1) == where).all()
+
+
+def test_drawing_onto_what_does_not_grow_leaves_the_source_alone() -> None:
+    """The widened tensor is then the source's own array."""
+    operator = GrowthOperator({s: unchanged(n) for s, n in LARGE.items()}, {"stack": np.eye(1)}, fresh=Fresh(anew=True))
+    W = np.ones((3, 4))
+    W[0] = 2
+    source = W.copy()
+    assert not np.array_equal(operator.grow(tensor_of("ffn <- hidden"), lambda key, layer: W), W)
+    assert np.array_equal(W, source)
+
+
 # --- numpy and torch, files, identity ------------------------------------------------------------------------
 
 

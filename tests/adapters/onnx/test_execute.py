@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -717,6 +718,27 @@ def test_a_node_that_is_added_ahead_of_an_abstract_run_is_run() -> None:
         if ran.op_type == "Softmax":
             run.graph.insert_after(ran, ir.node("Neg", [ran.inputs[0]]))
     assert seen[seen.index("Softmax") + 1] == "Neg"
+
+
+def test_nodes_that_are_alike_are_computed_once_in_an_abstract_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alike in attributes, in numbers that they read, and in the shapes of what they are given."""
+    ran = []
+    entry = TABLE["", "Transpose"]
+    counted = replace(entry, run=lambda op, *inputs: ran.append(op.node.name) or entry.run(op, *inputs))
+    monkeypatch.setitem(TABLE, ("", "Transpose"), counted)
+    nodes = [
+        *(node("Transpose", "x", f"same{n}", perm=[1, 0]) for n in range(2)),
+        node("Transpose", "same1", "back", perm=[1, 0]),
+        node("Transpose", "x", "kept", perm=[0, 1]),
+        node("Reshape", "x flat", "flattened"),
+        node("Reshape", "x pairs", "paired"),
+    ]
+    outputs = {"same0": (3, 2), "same1": (3, 2), "back": (2, 3), "kept": (2, 3), "flattened": (6,), "paired": (3, 2)}
+    proto = model(nodes, {"x": f(2, 3)}, list(outputs), {"flat": i(-1), "pairs": i(-1, 2)})
+    given = torch.empty(2, 3, device="meta")
+    found = Executor(loaded(proto), device="meta")({"x": given})
+    assert {name: tuple(tensor.shape) for name, tensor in found.items()} == outputs
+    assert len(ran) == 3
 
 
 # Subgraphs
