@@ -102,7 +102,13 @@ class Adapter(Protocol):
         """A function that runs the model on ``device``: ``cpu``, ``cuda``, or ``auto`` for a GPU where there is one."""
 
     def bare(
-        self, model: Model, device: str = "auto", *, dtype: str = "float32", checkpointing: float | None = None
+        self,
+        model: Model,
+        device: str = "auto",
+        *,
+        dtype: str = "float32",
+        checkpointing: float | None = None,
+        compiled: bool = False,
     ) -> BareForward:
         """A function of the inputs and of all the weights, for fitting; it takes no memory for weights of its own.
 
@@ -112,6 +118,7 @@ class Adapter(Protocol):
             dtype: The element type in which it runs, that of the weights.
             checkpointing: The share of the stacks' blocks that are run again for their gradients, and not kept; None
                 leaves it to the format.
+            compiled: Whether the model is compiled; the weights are matrices then, and nothing that stands for them.
 
         Raises:
             GrowkitError: Where it cannot be run so.

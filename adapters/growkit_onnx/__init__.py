@@ -74,7 +74,13 @@ class OnnxAdapter:
         return GraphForward(model, device)
 
     def bare(
-        self, model: Model, device: str = "auto", *, dtype: str = "float32", checkpointing: float | None = None
+        self,
+        model: Model,
+        device: str = "auto",
+        *,
+        dtype: str = "float32",
+        checkpointing: float | None = None,
+        compiled: bool = False,
     ) -> BareForward:
         """The model as a function of its inputs and all of its weights, in torch."""
         import torch
@@ -82,6 +88,8 @@ class OnnxAdapter:
         from growkit_onnx.forward import BareGraph
         from growkit_specs import GrowkitError
 
+        if compiled:
+            raise GrowkitError("an ONNX graph is not compiled; leave out compile")
         if checkpointing:
             raise GrowkitError("the blocks of an ONNX graph cannot be run again; leave out checkpointing")
         return BareGraph(model, device, getattr(torch, dtype))

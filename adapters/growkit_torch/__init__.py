@@ -96,12 +96,18 @@ class TorchAdapter:
         return ModuleForward(model, device)
 
     def bare(
-        self, model: Model, device: str = "auto", *, dtype: str = "float32", checkpointing: float | None = None
+        self,
+        model: Model,
+        device: str = "auto",
+        *,
+        dtype: str = "float32",
+        checkpointing: float | None = None,
+        compiled: bool = False,
     ) -> BareForward:
         """The model as a function of its inputs and all of its weights; blocks may be run again for gradients."""
         from growkit_torch.forward import BareModule
 
-        return BareModule(model, device, dtype=dtype, checkpointing=checkpointing)
+        return BareModule(model, device, dtype=dtype, checkpointing=checkpointing, compiled=compiled)
 
     def inputs(self, model: Model, seed: int, forward: Forward) -> Iterator[dict[str, np.ndarray]]:
         """Inputs that exercise a model."""

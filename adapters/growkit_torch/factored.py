@@ -24,11 +24,12 @@ from growkit_specs.recipe import Strategy
 class Fresh:
     """The entries ``Z`` of a weight, ``(O, I)``, in the parts that hold any.
 
-    What is beside the source's entries, ``(o, I - i)``, and what is below them, ``(O - o, I)``; or all of them.
+    What is beside the source's entries, ``(o, I - i)``, what is below them, ``(O - o, I)``, and, where a mean is filled
+    in, one number for each row in their place; or all of them.
 
     Attributes:
         shape: ``(O, I)``.
-        parts: Entries, and the rows and columns they stand in.
+        parts: Entries, and the rows and columns they stand in; one column of them stands for all, and so does one row.
     """
 
     shape: tuple[int, int]
@@ -38,10 +39,13 @@ class Fresh:
     def of(cls, entries: torch.Tensor, source: tuple[int, int]) -> Fresh:
         """Fresh entries beside a source tensor of a shape; those that are zero are let go."""
         (o, i), (O, I) = source, entries.shape  # noqa: E741 - the equation's letter
-        if entries[:o, :i].any():
+        level = entries[:o, :i].mean(dim=1, keepdim=True)
+        rounding = 32 * torch.finfo(entries.dtype).eps * entries.abs().max()
+        if (entries[:o, :i] - level).abs().max() > rounding:
             return cls.whole(entries)
         places = ((slice(0, o), slice(i, I)), (slice(o, O), slice(0, I)))
-        parts = ((entries[rows, columns].clone(), rows, columns) for rows, columns in places)
+        parts = [(entries[rows, columns].clone(), rows, columns) for rows, columns in places]
+        parts.append((level if (level.abs() > rounding).any() else level[:0], slice(0, o), slice(0, i)))
         return cls((O, I), tuple(part for part in parts if part[0].numel() and part[0].any()))
 
     @classmethod
@@ -84,18 +88,24 @@ class Fresh:
             first, last = max(at.start, rows.start), min(at.stop, rows.stop)
             if first >= last:
                 continue
-            entries = part[first - at.start : last - at.start].mT
-            if (first, last) == (rows.start, rows.stop):
-                y = torch.addmm(y, x.between(columns), entries)
+            read, width = x.between(columns), columns.stop - columns.start
+            if part.shape[1] == 1 < width:
+                read = read.sum(dim=1, keepdim=True)
+            entries = (part if part.shape[0] == 1 else part[first - at.start : last - at.start]).mT
+            if (first, last) != (rows.start, rows.stop):
+                y = y + F.pad((read @ entries).expand(-1, last - first), (first - rows.start, rows.stop - last))
+            elif part.shape[0] == 1:
+                y = y + read @ entries
             else:
-                more = x.between(columns) @ entries
-                y = y + F.pad(more, (first - rows.start, rows.stop - last))
+                y = torch.addmm(y, read, entries)
         return y
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
         """Rows of it, as an embedding looks them up; there is no other part than what is beside the source's."""
-        found = [F.pad(F.embedding(index, part), (c.start, self.shape[1] - c.stop)) for part, _, c in self.parts]
-        return sum(found[1:], found[0])
+        found = (F.embedding(index, part).expand(*index.shape, c.stop - c.start) for part, _, c in self.parts)
+        places = ((c.start, self.shape[1] - c.stop) for _, _, c in self.parts)
+        each = [F.pad(part, place) for part, place in zip(found, places, strict=True)]
+        return sum(each[1:], each[0])
 
 
 class Columns:

@@ -89,7 +89,13 @@ class Fit:
         self.to = run
         device = world.device
         large = grow(model, plan.operator, outputs="grow")
-        forward = model.adapter.bare(large, device, dtype=settings.dtype, checkpointing=settings.checkpointing)
+        forward = model.adapter.bare(
+            large,
+            device,
+            dtype=settings.dtype,
+            checkpointing=settings.checkpointing,
+            compiled=settings.compile,
+        )
         loss = loss_named(settings.loss, model.graph)
         self.growing = Growing(
             model,

@@ -103,11 +103,18 @@ class BareModule:
         device: Where it runs.
         dtype: The element type in which it runs, that of the weights.
         checkpointing: The share of its stacks' blocks that are run again for their gradients, and not kept; None takes
-            half.
+            half, and none of a compiled module's.
+        compiled: Whether the module is compiled by ``torch.compile``.
     """
 
     def __init__(
-        self, model: Model, device: str = "auto", *, dtype: str = "float32", checkpointing: float | None = None
+        self,
+        model: Model,
+        device: str = "auto",
+        *,
+        dtype: str = "float32",
+        checkpointing: float | None = None,
+        compiled: bool = False,
     ) -> None:
         import torch
 
@@ -127,9 +134,11 @@ class BareModule:
         if getattr(self.module, "config", None) is not None:
             self.module.config.use_cache = False
         blocks = self._blocks()
-        self.checkpointed = round((0.5 if checkpointing is None else checkpointing) * len(blocks))
+        usual = 0.0 if compiled else 0.5
+        self.checkpointed = round((usual if checkpointing is None else checkpointing) * len(blocks))
         for block in blocks[: self.checkpointed]:
             block.forward = _run_again(block.forward)
+        self._run = torch.compile(self.module) if compiled else self.module
 
     def __call__(self, inputs: Mapping[str, Any], weights: Mapping[str, Any]) -> dict[str, Any]:
         """The outputs by name, as tensors."""
@@ -140,7 +149,7 @@ class BareModule:
         given = {name: torch.as_tensor(value, device=self.device) for name, value in inputs.items()}
         given = {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in given.items()}
         with _by_default(self.dtype):
-            return named_outputs(self.module(**given))
+            return named_outputs(self._run(**given))
 
     def clear(self) -> None:
         """Let go of the weights of the last call."""

@@ -170,7 +170,7 @@ class Growing(torch.nn.Module):
                 self.settings.strategy,
                 readers=self.readers[target.name],
             )
-            grown[target.name] = GrownWeight(self._settled(factors, rows))
+            grown[target.name] = factors.matrix if self.settings.compile else GrownWeight(self._settled(factors, rows))
         return grown
 
     def _blends(self, operator: GrowthOperator) -> dict[str, tuple[torch.Tensor, ...]]:

@@ -69,7 +69,13 @@ class MemoryAdapter:
         return generated_inputs(model.graph, seed)
 
     def bare(
-        self, model: Model, device: str = "auto", *, dtype: str = "float32", checkpointing: float | None = None
+        self,
+        model: Model,
+        device: str = "auto",
+        *,
+        dtype: str = "float32",
+        checkpointing: float | None = None,
+        compiled: bool = False,
     ) -> BareForward:
         """A model in memory cannot be fitted: numpy has no gradients.
 
