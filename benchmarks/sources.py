@@ -30,7 +30,7 @@ Split = Literal["training", "choice", "reported"]
 END, MASK = "<|end|>", "[MASK]"
 HEAD = 12  # head_dim, of every model here
 PIXELS, PATCH, CLASSES = 28, 7, 10
-IMAGES = {"choice": (0, 2000), "reported": (2000, 5000)}  # of the 10,000 to test on
+IMAGES = {"choice": (0, 2000), "reported": (2000, 4000)}  # of the 10,000 to test on
 PACKAGE = "dataset-fashion-mnist"
 
 
@@ -235,7 +235,7 @@ TASKS = {
     task.name: task
     for task in (
         Task("decoder", decoder, text_examples, batch=16, source_steps=1000),
-        Task("encoder", encoder, text_examples, batch=16, source_steps=3000),
+        Task("encoder", encoder, text_examples, batch=16, source_steps=2000),
         Task("images", image_encoder, image_examples, batch=32, source_steps=1000),
     )
 }

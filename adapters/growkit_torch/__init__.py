@@ -85,7 +85,10 @@ class TorchAdapter:
         from growkit_torch.forward import build
 
         module = build(model)
-        for tensor in (*module.parameters(), *module.buffers()):  # what did not grow is the source's, or another layer's
+        for tensor in (
+            *module.parameters(),
+            *module.buffers(),
+        ):  # what did not grow is the source's, or another layer's
             tensor.data = tensor.data.clone()
         return module
 

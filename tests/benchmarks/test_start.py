@@ -42,7 +42,7 @@ def test_a_fit_is_told_apart_with_its_cost(rows: dict[str, dict[str, Any]]) -> N
     assert fitted["fitted_loss"] != fitted["grown_loss"]
     assert fitted["steps"] == plain["steps"]
     assert fitted["fit_steps"] == QUICK.fit_steps
-    assert fitted["fit_steps"] < fitted["fit_cost"] < 3 * fitted["fit_steps"]  # a step, and what the operator takes
+    assert 0.5 < fitted["fit_cost"] / fitted["fit_steps"] < 2  # factors can take less than the matrix they make
     assert fitted["flops"] == pytest.approx(plain["flops"] * (1 + fitted["fit_cost"] / plain["steps"]), rel=0.05)
 
 
