@@ -234,8 +234,8 @@ def _run(command: list[str], folder: str) -> None:
 TASKS = {
     task.name: task
     for task in (
-        Task("decoder", decoder, text_examples, batch=16, source_steps=1000),
-        Task("encoder", encoder, text_examples, batch=16, source_steps=2000),
-        Task("images", image_encoder, image_examples, batch=32, source_steps=1000),
+        Task("decoder", decoder, text_examples, batch=16, source_steps=700),
+        Task("encoder", encoder, text_examples, batch=16, source_steps=3000),
+        Task("images", image_encoder, image_examples, batch=32, source_steps=700),
     )
 }

@@ -105,7 +105,7 @@ def fit(
         log: A file to which each step is added as one line of JSON.
         sharded: Whether several processes share the parameters out (FSDP), not only the batch (DDP).
         progress: Called after each step.
-        settings: What :class:`~growkit_specs.recipe.FitSettings` holds: ``steps=100``, ``lr=3e-3``, ``learn=...``.
+        settings: What :class:`~growkit_specs.recipe.FitSettings` holds: ``steps=100``, ``lr=1e-3``, ``learn=...``.
 
     Returns:
         The operator, for :func:`growkit.grow`, and to be saved.

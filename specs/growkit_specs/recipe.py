@@ -269,7 +269,7 @@ class FitSettings(Spec):
     tied: bool | None = None
     per_layer: bool = False
     steps: int = Field(default=100, ge=1)
-    lr: float = Field(default=3e-3, gt=0)
+    lr: float = Field(default=1e-3, gt=0)
     warmup: float = Field(default=0.1, ge=0, le=1)
     clip: float | None = Field(default=1.0, gt=0)
     batch: int = Field(default=8, ge=1)
