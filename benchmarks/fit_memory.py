@@ -2,9 +2,9 @@
 
     python -m benchmarks.fit_memory [--quick] [--json FILE]
 
-Random weights, a few steps of `growkit.fit` as it comes, in float32, 512 tokens a step. The peak is that of the process,
-the source's module and the imports included. To train the target itself would take 16 bytes for each of its parameters,
-and its activations.
+Random weights, a few steps of `growkit.fit` as it comes, in float32, 512 tokens a step. The peak is the process's, the
+source's module and the imports included. To train the target itself would take 16 bytes for each of its parameters and
+then its activations.
 """
 
 from __future__ import annotations

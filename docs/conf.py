@@ -38,7 +38,7 @@ napoleon_numpy_docstring = False
 
 # A name of ours that leads nowhere is a mistake; names of others are not looked up.
 nitpicky = True
-nitpick_ignore_regex = [("py:.*", r"(?!growkit).*|growkit_specs\.recipe\._\w+")]  # validators inside an annotation
+nitpick_ignore_regex = [("py:.*", r"(?!growkit).*|growkit[\w.]*\._\w+")]  # private: validators, bases
 
 
 class Generated(SphinxDirective):

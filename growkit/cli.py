@@ -264,17 +264,17 @@ def grow(
     if operator is not None:
         if to or like or layers_from:
             raise GrowkitError("a saved operator settles the sizes; leave out --to, --like and --layers-from")
-        large, made = growkit.grow(source, growkit.GrowthOperator.load(operator), dtype=dtype, **signature), None
+        saved = growkit.GrowthOperator.load(operator)
+        large, made = growkit.grow(source, saved, dtype=dtype, **signature), None
+        promised = saved.start is None  # what was learned keeps no function
     else:
         told = {"layers_from": layers_from, "residual_scale": residual_scale, "score_scale": score_scale}
         made = _planned(source, to, like, method=method, seed=seed, fresh=fresh, **told, **signature)
         made = replace(made, recipe=made.recipe.model_copy(update={"check": check, "dtype": dtype}))
         if not as_json and not quiet:
             _show_plan(made)
-        large = growkit.grow(source, made, dtype=dtype)
-    report = _written(
-        source, large, out, check=check, promised=made is None or made.preserving, quiet=quiet, device=device
-    )
+        large, promised = growkit.grow(source, made, dtype=dtype), made.preserving
+    report = _written(source, large, out, check=check, promised=promised, quiet=quiet, device=device)
     result = {"out": str(out), **({} if made is None else {"plan": made.to_json()})}
     if as_json:
         print(json.dumps({**result, "verify": report.to_json() if report else None}))
@@ -355,7 +355,8 @@ def fit(
     if as_json:
         print(json.dumps({"operator": str(operator), "plan": plan.to_json(), "loss": losses}))
     else:
-        _console().print(f"wrote {operator}: loss {_spelled_losses(losses)}; grow --operator {operator} applies it")
+        wrote = f"wrote {operator}: loss {_spelled_losses(losses)}; grow --operator {operator} applies it"
+        _console().print(wrote, soft_wrap=True)
 
 
 @app.command()
@@ -540,7 +541,14 @@ def _run_fit(path: Path, told: Recipe, *, quiet: bool, as_json: bool) -> None:
     source = growkit.read(str(path.parent / told.source))
     refuse_misnamed(out, source.adapter)
     plan = growkit.plan(
-        source, told.target, method=told.method, seed=told.seed, fresh=told.fresh, layers_from=told.layers_from
+        source,
+        told.target,
+        method=told.method,
+        seed=told.seed,
+        fresh=told.fresh,
+        layers_from=told.layers_from,
+        residual_scale=told.residual_scale,
+        score_scale=told.score_scale,
     )
     learned, losses = _fitted(source, plan, path.parent / told.data, told.fit, device="auto", quiet=quiet)
     large = growkit.grow(source, learned, dtype=told.dtype, outputs=told.outputs, kv_cache=told.kv_cache)
@@ -549,7 +557,10 @@ def _run_fit(path: Path, told: Recipe, *, quiet: bool, as_json: bool) -> None:
         verified = report.to_json() if report else None
         print(json.dumps({"out": str(out), "plan": plan.to_json(), "loss": losses, "verify": verified}))
     else:
-        _console().print(f"wrote {out}: {large.graph.parameter_count:,} parameters; loss {_spelled_losses(losses)}")
+        if report:
+            _show_report(report)
+        wrote = f"wrote {out}: {large.graph.parameter_count:,} parameters; loss {_spelled_losses(losses)}"
+        _console().print(wrote, soft_wrap=True)
 
 
 def _spelled_losses(losses: dict[str, float]) -> str:

@@ -125,6 +125,11 @@ def fit(
         plan = begun_by(model, plan, init)
     if resume and checkpoint is None:
         raise GrowkitError("resume goes on from a checkpoint; name its file, checkpoint=FILE")
+    if save_every < 1:
+        raise GrowkitError(f"save_every is {save_every}; expected at least one step between two checkpoints")
+    for path in (checkpoint, log):
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise GrowkitError(f"{Path(path).absolute().parent} is no directory; make it first")
     run = Run(
         device=device,
         checkpoint=None if checkpoint is None else Path(checkpoint),
@@ -147,6 +152,8 @@ def begun_by(model: Model, by: Plan, method: str) -> Plan:
         seed=recipe.seed,
         fresh=recipe.fresh,
         layers_from=recipe.layers_from,
+        residual_scale=recipe.residual_scale,
+        score_scale=recipe.score_scale,
         outputs=recipe.outputs,
         kv_cache=recipe.kv_cache,
     )

@@ -62,7 +62,7 @@ class Learnable:
         self.blends: dict[str, int] = {}
         self.residuals: dict[str, int] = {}
         self.weights: dict[str, int] = {}
-        self._made: dict[str, tuple[Expansion, Made, Made]] = {}
+        self._made: dict[str, tuple[Expansion, Made, Made | None]] = {}
         _refuse_structures(settings, start, target)
         if "depth" in settings.learn:
             self._learn_blends()
@@ -94,7 +94,7 @@ class Learnable:
                 self.blends[key] = self._keep(f"w of {key}", np.shape(w), partial(np.array, w))
 
     def _learn_matrices(self) -> None:
-        for key, axis, places in self._learnable():
+        for key, axis, places, is_read in self._learnable():
             base = self._base(key, axis)
             structure = self.settings.structure.get(str(axis)) or self._usual(axis)
             if structure == "fixed" or not base.grows:
@@ -102,8 +102,11 @@ class Learnable:
             own = [f"{key}@{place}" for place in places] if self.settings.per_layer else []
             for at in own or [key]:
                 write = self._matrix(f"B of {at}", base.write, structure)
-                read = write if self.settings.tied else self._matrix(f"A of {at}", base.read, structure)
-                self._made[at] = (base, write, read)
+                self._made[at] = (base, write, self._read_by(at, base, structure, write) if is_read else None)
+
+    def _read_by(self, at: str, base: Expansion, structure: str, write: Made) -> Made:
+        """The matrix that readers read with; a space that nobody reads, like that of queries, has none to learn."""
+        return write if self.settings.tied else self._matrix(f"A of {at}", base.read, structure)
 
     def _usual(self, axis: Axis) -> str:
         """What of an axis is learned where nobody says: where reads are writes everything that is not the source's.
@@ -125,14 +128,15 @@ class Learnable:
             B, A, C = (Dense(self.start.matrix(s, axis, bases).as_matrix()) for s in _SIDES)
             return Expansion(write=B, read=A, seen=C)
 
-    def _learnable(self) -> Iterator[tuple[str, Axis, list[str]]]:
-        """The spaces that may be learned, by the key of their expansions, and the layers of stacks they stand in."""
+    def _learnable(self) -> Iterator[tuple[str, Axis, list[str], bool]]:
+        """What may be learned: the key of its expansions, its axis, the layers it stands in, and whether it is read."""
         found: dict[str, tuple[Axis, dict[str, None]]] = {}
+        read: set[str] = set()
         named = (key.partition("[")[0].partition("@")[0] for key in (*self.settings.structure, *self.start.expansions))
         whole = [parse_layout(f"-> {name}").axes[0] for name in named if " " in name]
         for tensor in self.target.tensors(tied=True):
             inner = tensor.stack is not None
-            for axis in tensor.parameter.parsed.axes:
+            for axis, role in zip(tensor.parameter.parsed.axes, tensor.parameter.parsed.roles, strict=True):
                 is_stream = any(self.target.kinds[space] == "residual" for space in spaces_of(axis))
                 for part, bases in _parts(axis, () if is_stream else tensor.parameter.bases):
                     parts = [part] if part in whole else [parse_layout(f"-> {s}").axes[0] for s in spaces_of(part)]
@@ -141,10 +145,12 @@ class Learnable:
                             continue
                         key = f"{each}[{bases[0]}]" if len(bases) == 1 else str(each)
                         _, places = found.setdefault(key, (each, {}))
+                        if role == "read":
+                            read.add(key)
                         if inner and not is_stream:
                             places[f"{tensor.stack}/{tensor.layer}"] = None
         for key, (axis, places) in found.items():
-            yield key, axis, list(places)
+            yield key, axis, list(places), key in read
 
     def _is_fixed(self, axis: Axis) -> bool:
         """Whether an axis is of tokens or positions, or has expansions of several terms, which stay as they are."""
@@ -186,8 +192,9 @@ class Learnable:
         """
         expansions = dict(self.start.expansions)
         for key, (base, write, read) in self._made.items():
-            B, A = write(entries), read(entries)
-            expansions[key] = replace(base, write=B, read=A, seen=B if self.settings.tied else base.seen)
+            B, tied = write(entries), self.settings.tied
+            A = B if tied else base.read if read is None else read(entries)
+            expansions[key] = replace(base, write=B, read=A, seen=B if tied else base.seen)
         return replace(
             self.start,
             expansions=expansions,

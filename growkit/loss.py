@@ -37,6 +37,41 @@ def logits_port(graph: LayerGraph) -> Port | None:
     return next(iter((*named, *fixed)), None)
 
 
+def refuse_unfit(graph: LayerGraph, batch: Batch) -> None:
+    """Refuse a batch that a model cannot be run on, or whose labels it cannot say.
+
+    Args:
+        graph: The model.
+        batch: Arrays, or tensors of any framework.
+
+    Raises:
+        GrowkitError: Where there are no inputs, numbers of examples differ, or an entry is not in its space.
+    """
+    if not batch.inputs:
+        raise GrowkitError(f"the batch has no inputs; the model takes {', '.join(p.name for p in graph.inputs)}")
+    named = dict(batch.inputs) | ({} if batch.labels is None else {"labels": batch.labels})
+    counts = {name: len(value) if value.ndim else 1 for name, value in named.items()}
+    if len(set(counts.values())) > 1:
+        told = ", ".join(f"{name} has {count}" for name, count in counts.items())
+        raise GrowkitError(f"the batch's examples differ in number: {told}; expected as many of each")
+    spaces = {port.name: port.space for port in graph.inputs if port.kind in ("tokens", "types")}
+    for name, value in batch.inputs.items():
+        _refuse_outside(name, value, graph.sizes.get(spaces.get(name) or ""))
+    port = logits_port(graph)
+    if batch.labels is not None and port is not None and "int" in str(batch.labels.dtype):
+        _refuse_outside("labels", batch.labels, graph.sizes.get(port.space or ""), ignored=IGNORED)
+
+
+def _refuse_outside(name: str, value: Array, size: int | None, *, ignored: int | None = None) -> None:
+    if size is None or 0 in value.shape:
+        return
+    outside = (value < 0) | (value >= size)
+    if ignored is not None:
+        outside = outside & (value != ignored)
+    if outside.any():
+        raise GrowkitError(f"{name}: the batch has the entry {int(value[outside][0])}; expected 0 to {size - 1}")
+
+
 def start_loss(model: Model, batch: Batch, *, device: str = "auto") -> float:
     """The mean cross-entropy of a model's ``logits``, in nats.
 

@@ -213,12 +213,13 @@ class GrowthOperator:
 
     # --- the equation ----------------------------------------------------------------------------------------------
 
-    def grow(self, target: Tensor, source: Source) -> Array:
+    def grow(self, target: Tensor, source: Source, *, begun: Source | None = None) -> Array:
         """One tensor of the larger model.
 
         Args:
             target: The tensor to make; its parameter's layout says which matrices act on it.
             source: Gives the source's tensors.
+            begun: Gives them as they were before they were learned along, if they were; fresh entries refer to these.
 
         Returns:
             An array of ``target.shape``, in the source's namespace and dtype.
@@ -226,7 +227,7 @@ class GrowthOperator:
         terms = self.terms(target)
         blended = [self.blended(target, source, term) for term in terms]
         grown = reduce(add, (self.widened(target, W, source, term) for W, term in zip(blended, terms, strict=True)))
-        by, W = self._drawn_by(target, source, blended[0])
+        by, W = self._drawn_by(target, begun or source, blended[0])
         noise = by._noise(target, W)
         if noise is not None and noise.where is not None and _is_own(grown, blended):
             return by.fresh.add(grown, target.name, W, noise.where)

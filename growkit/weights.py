@@ -31,16 +31,20 @@ class Grower:
         Raises:
             InvalidModel: Where a source tensor holds NaN or infinity, or is not of the shape its layout says.
         """
-        grown = self.operator.grow(target, lambda key, layer: self.source(target, key, layer))
+        grown = self.operator.grow(
+            target,
+            lambda key, layer: self.source(target, key, layer),
+            begun=lambda key, layer: self.source(target, key, layer, learned=False),
+        )
         if tuple(grown.shape) != target.shape:
             raise InvalidModel(f"{target.name}: grown to {tuple(grown.shape)}, expected {target.shape}")
         return np.asarray(grown).astype(dtype_of(target.parameter.dtype), copy=False)
 
-    def source(self, target: Tensor, key: str, layer: int | None) -> Array:
-        """A source tensor, finite, in the element type that ``target`` is computed in."""
+    def source(self, target: Tensor, key: str, layer: int | None, *, learned: bool = True) -> Array:
+        """A source tensor, finite, in the element type that ``target`` is computed in; ``learned`` if it was."""
         name = self.names[key, layer]
-        learned = self.operator.weights.get(name)
-        array = self.model.weights[name] if learned is None else np.asarray(learned)
+        own = self.operator.weights.get(name) if learned else None
+        array = self.model.weights[name] if own is None else np.asarray(own)
         if array.dtype.itemsize < 4:  # half types: exact in float32, where arithmetic keeps its accuracy
             array = array.astype(np.float32)
         refuse_nonfinite(name, array)
@@ -49,9 +53,17 @@ class Grower:
 
     def _only_moves(self, target: Tensor) -> bool:
         layout = target.parameter.parsed
-        return not {"scale", "shift"} & set(layout.roles) and all(
-            self.operator.axis_matrix(target, axis).is_gather for axis in range(len(layout.roles))
+        return (
+            not {"scale", "shift"} & set(layout.roles)
+            and self._picks_a_layer(target)
+            and all(self.operator.axis_matrix(target, axis).is_gather for axis in range(len(layout.roles)))
         )
+
+    def _picks_a_layer(self, target: Tensor) -> bool:
+        if target.stack is None:
+            return True
+        rows = np.atleast_2d(np.asarray(self.operator.blend_of(target))[..., target.layer, :])
+        return bool(np.isin(rows, (0, 1)).all() and (np.count_nonzero(rows, axis=1) <= 1).all())
 
 
 def refuse_nonfinite(name: str, array: np.ndarray) -> None:

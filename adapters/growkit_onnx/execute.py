@@ -89,6 +89,10 @@ def run_node(node: ir.Node, inputs: Sequence[Tensor | None], opset: int, dtype: 
         domain, operator = (shown(text)[1:-1] for text in (node.domain or "ai.onnx", node.op_type))
         raise UnsupportedModel(f"{named(node)}: the operator {operator} of domain {domain} is not known to growkit")
     op = Operation(node, opset, dtype)
+    for i in entry.reads - entry.floats:
+        given = inputs[i] if i < len(inputs) else None
+        if given is not None and given.is_floating_point():
+            raise InvalidModel(f"{named(node)}: its input {i} is of type {given.dtype}; expected whole numbers")
     arguments = [op.read(value) if value is not None and i in entry.reads else value for i, value in enumerate(inputs)]
     try:
         found = entry.run(op, *_gathered(arguments))

@@ -177,21 +177,24 @@ class Operation:
 
 @dataclass(frozen=True)
 class Entry:
-    """One operator: its handler, and which inputs the handler reads as numbers."""
+    """One operator: its handler, which inputs the handler reads as numbers, and which of these need not be whole."""
 
     run: Handler
     reads: frozenset[int]
+    floats: frozenset[int] = frozenset()
 
 
 class Table(dict[tuple[str, str], Entry]):
     """Operators by domain and name."""
 
-    def add(self, *names: str, domain: str = "", reads: Sequence[int] = ()) -> Callable[[Handler], Handler]:
+    def add(
+        self, *names: str, domain: str = "", reads: Sequence[int] = (), floats: Sequence[int] = ()
+    ) -> Callable[[Handler], Handler]:
         """A decorator that enters a handler under these names."""
 
         def enter(handler: Handler) -> Handler:
             for name in names:
-                self[domain, name] = Entry(handler, frozenset(reads))
+                self[domain, name] = Entry(handler, frozenset(reads), frozenset(floats))
             return handler
 
         return enter

@@ -169,6 +169,14 @@ def _softmax(op: Operation, x: Tensor) -> Tensor:
     return function(x.flatten(axis), -1).reshape(x.shape)  # before opset 13 the softmax is over all axes from `axis` on
 
 
+@operator("SoftmaxCrossEntropyLoss", "NegativeLogLikelihoodLoss")
+def _entropy(op: Operation, x: Tensor, labels: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    shares = torch.log_softmax(x, 1) if op.node.op_type == "SoftmaxCrossEntropyLoss" else x
+    ignored = op.get("ignore_index", -1)  # no label is negative where none is ignored
+    reduction = op.get("reduction", "mean")
+    return F.nll_loss(shares, labels.long(), weights, ignore_index=ignored, reduction=reduction), shares
+
+
 # Types and constants
 
 
@@ -249,7 +257,7 @@ def _non_zero(op: Operation, x: Tensor) -> Tensor:
     return torch.nonzero(x).T
 
 
-@operator("Dropout", reads=[1, 2])
+@operator("Dropout", reads=[1, 2], floats=[1])
 def _dropout(op: Operation, x: Tensor, ratio: Any = None, training: Numbers | None = None) -> tuple[Tensor, Tensor]:
     if training and training[0]:
         raise op.refuse("training mode")
@@ -352,7 +360,7 @@ PADDING: dict[str, Callable[[int, int], int]] = {
 }
 
 
-@operator("Pad", reads=[1, 2, 3])
+@operator("Pad", reads=[1, 2, 3], floats=[2])
 def _pad(
     op: Operation, x: Tensor, pads: Numbers | None = None, value: Numbers | None = None, axes: Numbers | None = None
 ) -> Tensor:

@@ -156,7 +156,7 @@ def _resized(op: Operation, x: Tensor, axis: int, size: int, scale: float) -> Te
     return (x.movedim(axis, -1) @ matrix.T).movedim(-1, axis)
 
 
-@operator("Resize", "Upsample", reads=[1, 2, 3])
+@operator("Resize", "Upsample", reads=[1, 2, 3], floats=[1, 2])
 def _resize(op: Operation, x: Tensor, *numbers: Numbers | None) -> Tensor:
     op.allow(antialias=0, exclude_outside=0, keep_aspect_ratio_policy="stretch")
     if len(numbers) == 1:  # before opset 11

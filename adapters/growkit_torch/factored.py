@@ -16,8 +16,9 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from growkit.matrices import Dense, Matrix, RowBlocks
+from growkit.matrices import Dense, Matrix
 from growkit_specs.recipe import Strategy
+from growkit_torch.placed import Term, blocks_of, placed
 
 
 @dataclass(frozen=True)
@@ -82,23 +83,16 @@ class Fresh:
             matrix[rows, columns] += part
         return matrix
 
-    def added(self, y: torch.Tensor, x: Columns, rows: slice) -> torch.Tensor:
-        """``y + Z x`` of some rows of ``Z``, ``y`` being ``(T, rows)``."""
-        for part, at, columns in self.parts:
-            first, last = max(at.start, rows.start), min(at.stop, rows.stop)
-            if first >= last:
-                continue
-            read, width = x.between(columns), columns.stop - columns.start
-            if part.shape[1] == 1 < width:
-                read = read.sum(dim=1, keepdim=True)
-            entries = (part if part.shape[0] == 1 else part[first - at.start : last - at.start]).mT
-            if (first, last) != (rows.start, rows.stop):
-                y = y + F.pad((read @ entries).expand(-1, last - first), (first - rows.start, rows.stop - last))
-            elif part.shape[0] == 1:
-                y = y + read @ entries
-            else:
-                y = torch.addmm(y, read, entries)
-        return y
+    def terms(self, x: torch.Tensor) -> list[Term]:
+        """``Z x`` as terms of a sum, ``x`` being ``(T, I)``."""
+        found = []
+        for part, rows, columns in self.parts:
+            read, among = x, columns
+            if part.shape[1] == 1 < columns.stop - columns.start:
+                read, among = x[:, columns].sum(dim=1, keepdim=True), slice(0, 1)
+            W = part.expand(rows.stop - rows.start, -1) if part.shape[0] == 1 else part
+            found.append(Term(read, among, rows, W))
+        return found
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
         """Rows of it, as an embedding looks them up; there is no other part than what is beside the source's."""
@@ -108,61 +102,36 @@ class Fresh:
         return sum(each[1:], each[0])
 
 
-class Columns:
-    """A tensor that is read in parts of its last axis: each way to part it is made once.
-
-    Parting it at once, and not part by part, makes its gradient of parts laid side by side.
-    """
-
-    def __init__(self, x: torch.Tensor) -> None:
-        self.x = x.reshape(-1, x.shape[-1])
-        self._parts: dict[tuple[int, ...], tuple[torch.Tensor, ...]] = {}
-
-    def parts(self, sizes: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
-        """The parts of these sizes."""
-        if sizes not in self._parts:
-            self._parts[sizes] = torch.split(self.x, list(sizes), dim=-1)
-        return self._parts[sizes]
-
-    def between(self, columns: slice) -> torch.Tensor:
-        """Some of its entries."""
-        size = self.x.shape[-1]
-        sizes = (columns.start, columns.stop - columns.start, size - columns.stop)
-        where = tuple(each for each in sizes if each)
-        return self.x if where == (size,) else self.parts(where)[1 if columns.start else 0]
-
-
 class Reads:
     """What is read, ``A^T x``, kept for the weights that read the same after it: queries, keys and values."""
 
     def __init__(self) -> None:
         self.x: torch.Tensor | None = None
-        self.columns: Columns
+        self.rows: torch.Tensor
         self.read: dict[Matrix, torch.Tensor] = {}
 
-    def of(self, x: torch.Tensor) -> Columns:
-        """A tensor's rows, to be read in parts."""
+    def rows_of(self, x: torch.Tensor) -> torch.Tensor:
+        """A tensor as its rows, ``(T, I)``."""
         if self.x is not x:
-            self.x, self.columns, self.read = x, Columns(x), {}
-        return self.columns
+            self.x, self.rows, self.read = x, x.reshape(-1, x.shape[-1]), {}
+        return self.rows
 
     def __call__(self, A: Matrix, x: torch.Tensor) -> torch.Tensor:
         """``A^T x`` of every row, ``(T, i)``."""
-        columns = self.of(x)
+        rows = self.rows_of(x)
         if A.is_identity:
-            return columns.x
+            return rows
         if A not in self.read:
-            self.read[A] = _read(A, columns)
+            blocks = blocks_of(A)
+            if blocks is None:
+                self.read[A] = A.mT.apply(rows, 1)
+            elif len(blocks) == 1 and blocks[0][1:] == (None, 1.0):
+                self.read[A] = rows[:, blocks[0][0]]
+            else:
+                whole = slice(0, A.shape[1])
+                terms = [Term(rows, at, whole, W if W is None else W.mT, f) for at, W, f in blocks]
+                self.read[A] = placed(A.shape[1], terms)
         return self.read[A]
-
-
-def _read(A: Matrix, x: Columns) -> torch.Tensor:
-    if not isinstance(A, RowBlocks):
-        return A.mT.apply(x.x, 1)
-    parts = x.parts(tuple(block.shape[0] for block in A.blocks))
-    return sum(
-        (b.mT.apply(p, 1) for b, p in zip(A.blocks[1:], parts[1:], strict=True)), A.blocks[0].mT.apply(parts[0], 1)
-    )
 
 
 @dataclass(frozen=True)
@@ -199,10 +168,11 @@ class Factors:
 
     def made(self) -> torch.Tensor:
         """``B M A^T + Z``, made anew."""
+        B, A, Z = self.B, self.A, self.Z  # what the gradient holds on to must not hold the matrix in turn
 
         def make(M: torch.Tensor) -> torch.Tensor:
-            grown = self.A.apply(self.B.apply(M, 0), 1)
-            return grown if self.Z is None else grown + self.Z.entries
+            grown = A.apply(B.apply(M, 0), 1)
+            return grown if Z is None else grown + Z.entries
 
         made: torch.Tensor = checkpoint(make, self.M, use_reentrant=False, preserve_rng_state=False)
         return made
@@ -215,16 +185,13 @@ class Factors:
         if B.is_identity and Z is None:
             return F.linear(self.reads(A, x), M, bias).reshape(*x.shape[:-1], B.shape[0])
         y = F.linear(self.reads(A, x), M)
-        blocks = B.blocks if isinstance(B, RowBlocks) else (B,)
-        written, start = [], 0
-        for block in blocks:
-            rows = slice(start, start + block.shape[0])
-            part = block.apply(y, 1)
-            written.append(part if Z is None else Z.added(part, self.reads.of(x), rows))
-            start = rows.stop
-        whole = written[0] if len(written) == 1 else torch.cat(written, dim=-1)
-        whole = whole if bias is None else whole + bias
-        return whole.reshape(*x.shape[:-1], B.shape[0])
+        size, blocks = B.shape[0], blocks_of(B)
+        if blocks is None:
+            y, blocks = B.apply(y, 1), [(slice(0, size), None, 1.0)]
+        terms = [Term(y, slice(0, y.shape[1]), rows, W, factor) for rows, W, factor in blocks]
+        terms += Z.terms(self.reads.rows_of(x)) if Z is not None else []
+        whole = placed(size, terms, bias if bias is None or bias.ndim == 1 else None).reshape(*x.shape[:-1], size)
+        return whole if bias is None or bias.ndim == 1 else whole + bias
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
         """The rows of an index, as an embedding looks them up."""
@@ -304,7 +271,7 @@ class GrownWeight(torch.Tensor):
         kwargs = dict(kwargs or {})
         if func in _FACTS:
             return super().__torch_function__(func, types, args, kwargs)
-        known = _PRODUCTS.get(func)
+        known = _PRODUCTS.get(func) if not _OPERANDS & kwargs.keys() else None
         result = known(*args, **kwargs) if known is not None else NotImplemented
         if result is not NotImplemented:
             return result
@@ -355,7 +322,7 @@ def _embedding(
     sparse: bool = False,
 ) -> Any:
     """Padding has no gradient of its own here, and none flows into the source's rows anyway."""
-    if not isinstance(weight, GrownWeight) or weight.turned or max_norm is not None:
+    if not isinstance(weight, GrownWeight) or weight.turned or max_norm is not None or scale_grad_by_freq:
         return NotImplemented
     return weight.factors.rows(index)
 
@@ -393,7 +360,7 @@ _PRODUCTS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.__rmatmul__: lambda weight, x: _matmul(x, weight),
     torch.addmm: _addmm,
     F.embedding: _embedding,
-    torch.embedding: lambda weight, index, *rest, **kwargs: _embedding(index, weight),
+    torch.embedding: lambda weight, index, padding_idx=-1, *how: _embedding(index, weight, None, None, 2.0, *how),
     torch.index_select: _index_select,
     torch.Tensor.index_select: _index_select,
     torch.Tensor.to: _same,
@@ -404,6 +371,9 @@ _PRODUCTS: dict[Any, Callable[..., Any]] = {
     **{_getter(name): _turned for name in ("T", "mT")},
 }
 """What knows the factors; each gives NotImplemented where it does not know them after all."""
+
+_OPERANDS = {"input", "self", "other", "mat1", "mat2", "mat", "dim0", "dim1"}
+"""Operands that torch's own code never gives by name; where they are, the matrix is taken."""
 
 _FACTS = {
     *map(

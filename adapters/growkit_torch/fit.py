@@ -6,6 +6,7 @@ Whatever way a batch is shared out, among processes or one part after the other,
 
 from __future__ import annotations
 
+import atexit
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ import torch.distributed as dist
 from growkit.data import Data
 from growkit.fit import Progress, Run
 from growkit.grow import grow
-from growkit.loss import IGNORED, Batch
+from growkit.loss import IGNORED, Batch, refuse_unfit
 from growkit.model import Model
 from growkit.operator import GrowthOperator
 from growkit.plan import Plan
@@ -45,8 +47,7 @@ def fit(model: Model, plan: Plan, data: Data, settings: FitSettings, run: Run) -
     Raises:
         GrowkitError: For what cannot be learned, data that does not fit, or a loss that is not finite.
     """
-    with _processes(run) as world:
-        return Fit(model, plan, data, settings, run, world).run()
+    return Fit(model, plan, data, settings, run, joined(run)).run()
 
 
 class World:
@@ -64,21 +65,29 @@ class World:
         self.device = device
 
 
-@contextmanager
-def _processes(run: Run) -> Iterator[World]:
-    """The processes that ``torchrun`` started; where they are joined already they are left so."""
+def joined(run: Run) -> World:
+    """The processes that ``torchrun`` started, which are joined at the first fit and stay so until they end.
+
+    Raises:
+        GrowkitError: Where there are more of them than GPUs.
+    """
     device = device_named(run.device)
-    joins = "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized()
-    if device == "cuda" and "LOCAL_RANK" in os.environ:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    if joins:
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    try:
-        yield World(device)
-    finally:
-        if joins:
-            dist.destroy_process_group()
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if device == "cuda":
+        if local >= torch.cuda.device_count():
+            raise GrowkitError(
+                f"process {local} has no GPU of its own; start as many as there are, {torch.cuda.device_count()}"
+            )
+        torch.cuda.set_device(local)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        atexit.register(_leave)
+    return World(device)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class Fit:
@@ -150,7 +159,20 @@ class Fit:
         return self._result()
 
     def _batch(self, step: int) -> Mapping[str, Any]:
-        return as_tensors(self.data.batch(step))
+        return self._first if step == 0 else self._asked_for(step)
+
+    @cached_property
+    def _first(self) -> Mapping[str, Any]:
+        """The batch of the first step, by which data is known again; some data gives it only once."""
+        return self._asked_for(0)
+
+    def _asked_for(self, step: int) -> Mapping[str, Any]:
+        batch = self.data.batch(step)
+        refuse_unfit(self.growing.graph, batch)
+        made = as_tensors(batch)
+        if self._counted(made) == 0:
+            raise GrowkitError(f"step {step + 1}: no label of the batch counts, all are {IGNORED}; look at the data")
+        return made
 
     def _rate(self, step: int) -> float:
         """The learning rate: up along a line, down along a cosine to zero."""
@@ -175,21 +197,51 @@ class Fit:
 
     def _losses(self, batch: Mapping[str, Any], *, backward: bool) -> float:
         """The loss of a batch: the mean over its parts, each weighed by what counts in it."""
-        parts = list(_split(batch, self.world.size * self.settings.accumulate))
-        counts = [_counted(part) for part in parts]
-        mine = list(zip(parts, counts, strict=True))[self.world.rank :: self.world.size]
+        wanted = self.world.size * self.settings.accumulate
+        if not backward:  # the last batch of a validation split may be small
+            wanted = min(wanted, *map(len, batch.values()))
+        parts = list(_split(batch, wanted))
+        counts = [self._counted(part) for part in parts]
+        spare = -len(parts) % self.world.size  # every process has as many parts to run, some of which count nothing
+        shares = [*zip(parts, counts, strict=True), *[(parts[0], 0)] * spare]
+        mine = shares[self.world.rank :: self.world.size]
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for i, (part, count) in enumerate(mine):
-            with self._alone(i + 1 < len(mine)), self._precision():
-                loss = self.module(part)
-                weighed = loss * (count / max(sum(counts), 1))
-            if backward:
-                (weighed * self.world.size).backward()
+            if count == 0 and self.world.size == 1:  # alone, for several have to run as many parts
+                continue
+            with self._told(part), self._alone(i + 1 < len(mine)):
+                with self._precision():
+                    weighed = self.module(part) * (count / max(sum(counts), 1))
+                if backward:
+                    (weighed * self.world.size).backward()
             total += weighed.detach()
             self.growing.run.clear()
         if self.world.size > 1:
             dist.all_reduce(total)
         return float(total)
+
+    @contextmanager
+    def _told(self, part: Mapping[str, Any]) -> Iterator[None]:
+        """What torch has to say about a part that it cannot run is told in one line."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise GrowkitError(
+                f"step {self.step + 1}: out of memory; take a smaller batch, more of accumulate, or checkpointing=1"
+            ) from error
+        except (TypeError, ValueError, LookupError, RuntimeError) as error:
+            if isinstance(error, GrowkitError):
+                raise
+            given = ", ".join(f"{name} {list(value.shape)}" for name, value in part.items())
+            told = " ".join(str(error).split())[:300]
+            raise GrowkitError(f"step {self.step + 1}: the model cannot be run on {given}: {told}") from error
+
+    def _counted(self, batch: Mapping[str, Any]) -> int:
+        """How many entries of a batch a loss is the mean of: its labels that count, or its examples."""
+        labels = None if self.growing.loss.takes_source else batch.get("labels")
+        if labels is None or labels.is_floating_point():
+            return len(next(iter(batch.values())))
+        return int((labels != IGNORED).sum())
 
     def _alone(self, more: bool) -> AbstractContextManager[Any]:
         """Gradients are shared with the other processes once, after the last part."""
@@ -222,8 +274,9 @@ class Fit:
         total, counted = 0.0, 0
         with torch.no_grad():
             for each in self.data.validation():
+                refuse_unfit(self.growing.graph, each)
                 batch = as_tensors(each)
-                count = _counted(batch)
+                count = self._counted(batch)
                 total, counted = total + count * self._losses(batch, backward=False), counted + count
         if counted == 0:
             return None
@@ -262,17 +315,17 @@ class Fit:
             write_state(self.to.checkpoint, state, self._identity())
 
     def _restore(self, path: Path) -> None:
-        state = read_state(path, self._identity())
+        state = read_state(path, self._identity(), self.learned.learnable.shapes)
         state.put(self.learned, self.optimizer)
         self.step, self.best, self.waited = state.step, state.best, state.waited
 
     def _identity(self) -> dict[str, Any]:
         """What a fit must agree on with the one that it goes on from."""
         told = self.settings.model_dump(mode="json")
-        for free in ("validate_every", "patience", "accumulate", "strategy", "checkpointing", "compile"):
+        for free in ("lr", "validate_every", "patience", "accumulate", "strategy", "checkpointing", "compile"):
             told.pop(free)
         recipe = self.plan.recipe
-        first = self._batch(0)
+        first = {name: tensor.cpu().flatten().view(torch.uint8) for name, tensor in self._first.items()}
         return {
             "settings": told,
             "method": recipe.method,
@@ -296,14 +349,6 @@ def _split(batch: Mapping[str, Any], parts: int) -> Iterator[dict[str, Any]]:
     edges = [round(i * size / parts) for i in range(parts + 1)]
     for start, stop in pairwise(edges):
         yield {name: value[start:stop] for name, value in batch.items()}
-
-
-def _counted(batch: Mapping[str, Any]) -> int:
-    """How many entries of a batch a loss is the mean of: its labels that count, or its examples."""
-    labels = batch.get("labels")
-    if labels is None or labels.is_floating_point():
-        return len(next(iter(batch.values())))
-    return int((labels != IGNORED).sum())
 
 
 def _size(batch: Mapping[str, Any]) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,15 +93,25 @@ def write_state(path: Path, state: FitState, identity: Mapping[str, Any]) -> Non
     told = {"step": state.step, "best": loss, "waited": state.waited, "identity": identity}
     data = save({n: np.ascontiguousarray(a) for n, a in arrays.items()}, metadata={_KEY: json.dumps(told)})
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise GrowkitError(f"{path}: the checkpoint cannot be written ({error.strerror})") from None
 
 
-def read_state(path: Path, identity: Mapping[str, Any]) -> FitState:
+def read_state(path: Path, identity: Mapping[str, Any], shapes: Sequence[tuple[int, ...]]) -> FitState:
     """Read a state.
+
+    Args:
+        path: The file.
+        identity: What the fit that goes on must agree on with the one before.
+        shapes: The shapes of the operator's entries.
 
     Raises:
         GrowkitError: Where it is none, or that of another fit; the first setting that differs is told.
@@ -120,6 +131,13 @@ def read_state(path: Path, identity: Mapping[str, Any]) -> FitState:
             f"{path}: the checkpoint is of a fit whose {name} is {before.get(name)!r}, here it is {now.get(name)!r}; "
             "ask for the same, or remove the checkpoint to begin anew"
         )
+    for i, shape in enumerate(shapes):
+        found = arrays.get(f"entry.{i}")
+        if found is None or found.shape != shape:
+            raise GrowkitError(
+                f"{path}: not the checkpoint of a fit (its entry {i} is {'missing' if found is None else found.shape}, "
+                f"expected {shape}); remove it to begin anew"
+            )
     best = sorted((name for name in arrays if name.startswith("best.")), key=lambda name: int(name[5:]))
     values = [arrays.pop(name) for name in best]
     return FitState(told["step"], arrays, None if told["best"] is None else (told["best"], values), told["waited"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -131,13 +132,15 @@ class BareModule:
             raise GrowkitError(f"{type(self.module).__name__} has no place for the tensor {min(missing)}")
         self.clear()
         self.module.to(self.device)
-        if getattr(self.module, "config", None) is not None:
-            self.module.config.use_cache = False
+        for part in self.module.modules():  # an encoder and a decoder have a config each
+            if getattr(part, "config", None) is not None:
+                part.config.use_cache = False
         blocks = self._blocks()
         usual = 0.0 if compiled else 0.5
         self.checkpointed = round((usual if checkpointing is None else checkpointing) * len(blocks))
         for block in blocks[: self.checkpointed]:
             block.forward = _run_again(block.forward)
+        self._names = [p.name for p in signature(self.module.forward).parameters.values() if p.kind != p.VAR_KEYWORD]
         self._run = torch.compile(self.module) if compiled else self.module
 
     def __call__(self, inputs: Mapping[str, Any], weights: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,6 +149,8 @@ class BareModule:
 
         for place in self._places:
             place.holder._parameters[place.name] = weights[place.tensor.name]
+        if unknown := sorted(inputs.keys() - self._names):
+            raise GrowkitError(f"the model has no input {unknown[0]}; it takes {', '.join(self._names)}")
         given = {name: torch.as_tensor(value, device=self.device) for name, value in inputs.items()}
         given = {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in given.items()}
         with _by_default(self.dtype):

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 
 from growkit.adapters import BareForward
+from growkit.caches import fed
 from growkit.learnable import Learnable
 from growkit.model import Model
 from growkit.operator import GrowthOperator
 from growkit.weights import Grower, refuse_nonfinite
-from growkit_specs import Tensor
+from growkit_specs import GrowkitError, Tensor
 from growkit_torch.factored import Factors, Fresh, GrownWeight, Reads
 from growkit_torch.learned import LearnedOperator, is_factored
 from growkit_torch.losses import LABELS, Loss
@@ -67,7 +68,9 @@ class Growing(torch.nn.Module):
         source_forward: BareForward | None = None,
     ) -> None:
         super().__init__()
-        self.settings, self.loss = learnable.settings, loss
+        self.settings, self.loss, self.graph = learnable.settings, loss, model.graph
+        self.takes = {port.name for port in model.graph.inputs}
+        self.start, self.large = learnable.start, large.graph
         self.dtype = getattr(torch, self.settings.dtype)
         self.run, self.run_source = forward, source_forward
         self.sources = [tensor.name for tensor in model.graph.tensors()]
@@ -129,7 +132,9 @@ class Growing(torch.nn.Module):
                 if target.name in self.learned.learnable.residuals:
                     self.learned.set_residual(target.name, Z)
                 elif is_factored(operator, target):
-                    self.fresh[target.name] = Fresh.of(Z, self._shape(target))
+                    fresh = Fresh.of(Z, self._shape(target))
+                    if fresh.parts:
+                        self.fresh[target.name] = fresh
                 else:
                     self.entries[target.name] = Z
 
@@ -203,11 +208,25 @@ class Growing(torch.nn.Module):
             settled.matrix  # noqa: B018 - made before the blocks, which find it there both times
         return settled
 
+    def _fed(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The inputs with the caches of the larger model's layers, in which nothing is yet."""
+        cached = [name for port in self.graph.layer_inputs for name in port.names]
+        if not cached:
+            return dict(inputs)
+        for name in cached:
+            if name not in inputs:
+                raise GrowkitError(f"the batch lacks {name}; expected a cache of no tokens")
+            if inputs[name].numel():
+                shape = list(inputs[name].shape)
+                raise GrowkitError(f"{name}: the batch has a cache of shape {shape}; expected one of no tokens")
+        arrays = {name: value.detach().cpu().numpy() for name, value in inputs.items()}
+        return {name: torch.as_tensor(array) for name, array in fed(self.graph, self.large, self.start, arrays).items()}
+
     def forward(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The loss of a batch: its inputs by name, and its labels where there are any."""
-        inputs = {name: value for name, value in batch.items() if name != LABELS}
+        inputs = {name: value for name, value in batch.items() if name != LABELS or name in self.takes}
         operator = self.operator()
-        outputs = self.run(inputs, self.weights(operator, rows_of(inputs)))
+        outputs = self.run(self._fed(inputs), self.weights(operator, rows_of(inputs)))
         if self.run_source is None:
             return self.loss(outputs, batch)
         with torch.no_grad():

@@ -231,7 +231,10 @@ def _cross_entropy(outputs: Tensors, labels: Tensor, name: str) -> Tensor:
     if logits.shape[:-1] != labels.shape:
         raise GrowkitError(f"labels: shape {list(labels.shape)}; the logits' are {list(logits.shape[:-1])}")
     labels = labels.to(logits.device, torch.long)
-    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=IGNORED)
+    total = F.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=IGNORED, reduction="sum"
+    )
+    return total / (labels != IGNORED).sum().clamp(min=1)  # of a part without any labels zero, and no gradient
 
 
 def _output(outputs: Tensors, name: str) -> Tensor:

@@ -250,7 +250,7 @@ class FitSettings(Spec):
         warmup: The share of the steps over which the rate rises; over the others it falls to zero along a cosine.
         clip: The largest norm of the gradient; None clips nothing.
         batch: Examples in a step, on the command line.
-        length: Tokens in an example, on the command line; None takes up to 512, as far as the model goes.
+        length: Tokens in an example, on the command line; None takes up to 128, as far as the model goes.
         accumulate: Parts that a batch is run in, one after the other.
         loss: ``auto``, ``causal``, ``masked``, ``classification``, ``output`` (the graph's own), ``distill``, or
             ``module:function``.

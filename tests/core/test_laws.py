@@ -153,8 +153,8 @@ class Altering(GrowthOperator):
     name: str = ""
     factor: float = 1.0
 
-    def grow(self, target: Any, source: Any) -> Any:
-        grown = super().grow(target, source)
+    def grow(self, target: Any, source: Any, **more: Any) -> Any:
+        grown = super().grow(target, source, **more)
         return grown * self.factor if target.name == self.name else grown
 
 
@@ -194,8 +194,8 @@ def test_a_verdict_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
 class Drifting(GrowthOperator):
     """An operator that draws from one stream, whatever the tensor: the order of growing matters."""
 
-    def grow(self, target: Any, source: Any) -> Any:
-        return super().grow(target, source) + 1e-9 * GENERATOR.standard_normal()
+    def grow(self, target: Any, source: Any, **more: Any) -> Any:
+        return super().grow(target, source, **more) + 1e-9 * GENERATOR.standard_normal()
 
 
 GENERATOR = np.random.default_rng(0)
@@ -227,9 +227,11 @@ def test_an_operator_that_forgets_what_it_saved() -> None:
 class Misshapen(GrowthOperator):
     """An operator that forgets the biases' new entries."""
 
-    def grow(self, target: Any, source: Any) -> Any:
+    def grow(self, target: Any, source: Any, **more: Any) -> Any:
         return (
-            super().grow(target, source)[:6] if target.name.endswith("up_proj.bias") else super().grow(target, source)
+            super().grow(target, source, **more)[:6]
+            if target.name.endswith("up_proj.bias")
+            else super().grow(target, source)
         )
 
 

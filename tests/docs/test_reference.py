@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer
 from pydantic import BaseModel
@@ -77,10 +78,12 @@ def printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.chdir(tmp_path)
     runner = Runner()
     runner.run(blocks_of(DOCS / "tutorial/grow-your-first-model.md")[0])
+    np.save("tokens.npy", np.arange(1024) % 256)
     commands = {
         "inspect": "inspect small",
         "plan": "plan small --to hidden=96",
         "grow": "grow small large --to hidden=96 --check",
+        "fit": "fit small op.safetensors --to hidden=96 --data tokens.npy --steps 1 --batch 2",
         "verify": "verify small large",
         "methods": "methods",
         "show": "show large/growkit_operator.safetensors maps",
@@ -95,6 +98,8 @@ def test_the_json_keys_are_those_that_are_printed(printed: dict[str, Any]) -> No
         assert first_cells(tables) == set(told), command
     assert set(printed["inspect"]["tensors"][0]) == {"name", "shape", "layout", "slot", "layer"}
     assert set(printed["plan"]["source"]) == {"spaces", "stacks", "parameters", "bytes", "flops_per_token"}
+    assert set(printed["plan"]["operator"]) == {"parameters", "bytes", "flops"}
+    assert set(printed["fit"]["loss"]) == {"first", "last", "validation"}
     assert set(printed["plan"]["reasons"][0]) == {"condition", "holds", "detail"}
     assert set(printed["verify"]["outputs"][0]) == {"name", "shape", "max_abs_diff", "max_rel_diff", "space"}
 

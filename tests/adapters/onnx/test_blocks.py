@@ -344,7 +344,6 @@ QUICK = ("bert-legacy17-eager", "llama-legacy17-eager", "t5-legacy17-eager", "ge
 REPEATED = ("bert", "roberta", "distilbert", "gpt2", "vit", "llama", "qwen3", "t5", "gemma2-odd", "bart", "nano")
 DEPTHS = {
     "modernbert": [3],  # its first block has no norm
-    "t5-legacy17-eager-extended": [3, 2],  # fused in the decoder's first block as in no other
 }
 BLIND = ("bf16", "unoptimised")  # kinds that the runtime has no operators for, or that hold lists
 

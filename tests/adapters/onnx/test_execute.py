@@ -124,6 +124,7 @@ def runtime(proto: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> list[np.nda
 
 
 BINARY = ["Add", "Sub", "Mul", "Div", "PRelu", "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual"]
+LOSSES = ("SoftmaxCrossEntropyLoss", "NegativeLogLikelihoodLoss")
 UNARY = (
     *("Abs", "Neg", "Sign", "Ceil", "Floor", "Round", "Exp", "Erf", "Sigmoid", "Relu", "Sin", "Cos", "Tan"),
     *("Atan", "Sinh", "Cosh", "Tanh", "Asinh", "Softplus", "Softsign", "HardSwish", "Mish", "Identity", "IsNaN"),
@@ -172,6 +173,10 @@ ELEMENTWISE = [
     Case("Clip", f(9), None, Fixed(0.5, np.float32)),
     Case("Clip", i(1, 5, 9), Fixed(2), None),
     *(Case(op, f(2, 3, 4), opset=11) for op in ("Softmax", "LogSoftmax")),
+    *(Case(op, f(4, 3), i(2, 0, 1, 1), reduction=how) for op in LOSSES for how in ("mean", "sum", "none")),
+    *(Case(op, f(2, 3, 2), i([2, -7], [1, 1]), positive(3), ignore_index=-7) for op in LOSSES),
+    *(Case(op, f(4, 3), i(2, 0, 1, 1, dtype=np.int32)) for op in LOSSES),
+    Case("SoftmaxCrossEntropyLoss", f(4, 3), i(2, 0, 1, 1), out=2),
     *(Case(op, f(2, 3, 4), opset=11, axis=axis) for op in ("Softmax", "LogSoftmax") for axis in (0, 1, -1)),
     *(Case(op, f(2, 3, 4), opset=13) for op in ("Softmax", "LogSoftmax")),
     *(Case(op, f(2, 3, 4), opset=13, axis=axis) for op in ("Softmax", "LogSoftmax") for axis in (0, 1)),
@@ -808,6 +813,14 @@ def test_a_shape_that_depends_on_floats_is_named_in_an_abstract_run(nodes: list[
     graph = loaded(model(nodes, {"x": f(3)}, ["y"]))
     with pytest.raises(DataDependent, match=f"node 'the_{nodes[-1].op_type}' .* needs numbers that depend on"):
         probe(graph, {"x": torch.empty(3, device="meta")})
+
+
+def test_floats_are_no_axes_and_no_sizes() -> None:
+    graph = loaded(
+        model([helper.make_node("Unsqueeze", ["x", "axes"], ["y"], name="widen")], {"x": f(3), "axes": f(1)}, ["y"])
+    )
+    with pytest.raises(InvalidModel, match="node 'widen' .*: its input 1 is of type torch.float32; expected whole"):
+        Executor(graph)({"x": torch.zeros(3), "axes": torch.zeros(1)})
 
 
 def test_inputs_that_do_not_fit_a_node_are_shown_with_it() -> None:
