@@ -87,10 +87,11 @@ def fit(
     progress: Callable[[Progress], None] = lambda step: None,
     **settings: Any,
 ) -> GrowthOperator:
-    """Learn the growth operator on the loss of the larger model; the source's weights stay what they are.
+    """Learn the growth operator on the loss of the larger model; the source itself stays what it is.
 
-    ``W' = sum_j w_j B W_j A^T + Z``: the blends ``w``, and of ``B`` and ``A`` what ``structure`` says, are moved by
-    AdamW to make the larger model's loss small; nothing of the larger model is trained itself.
+    ``W' = sum_j w_j B W_j A^T + Z``: the blends ``w``, of ``B`` and ``A`` what ``structure`` says, corrections to the
+    norms, and a copy of the weights ``W_j`` that the operator keeps, are moved by AdamW to make the larger model's loss
+    small; nothing of the larger model is trained itself. ``learn=("depth", "width")`` is the published operator alone.
 
     Args:
         model: The source.

@@ -81,10 +81,16 @@ class TorchAdapter:
         write_directory(self, model, like, destination, progress, check)
 
     def build(self, model: Model) -> Any:
-        """The model as an ``nn.Module`` of its class."""
+        """The model as an ``nn.Module`` of its class, whose tensors are its own: training it touches no other."""
         from growkit_torch.forward import build
 
-        return build(model)
+        module = build(model)
+        for tensor in (
+            *module.parameters(),
+            *module.buffers(),
+        ):  # what did not grow is the source's, or another layer's
+            tensor.data = tensor.data.clone()
+        return module
 
     def forward(self, model: Model, device: str = "auto") -> Forward:
         """A function that runs the model in torch, on ``device``."""

@@ -237,7 +237,8 @@ class FitSettings(Spec):
     """How an operator is learned.
 
     Attributes:
-        learn: What is learned.
+        learn: What is learned. The source's weights are learned along, in a copy that the operator keeps, because that
+            is what makes a fit pay (docs/explanation/when-learning-pays.md); ``depth, width`` is the operator alone.
         structure: What of a space's matrices is learned, by space (``hidden``), or by a whole head axis
             (``(heads head_dim)``), whose entries are mixed then. Spaces that are not named: ``source``; ``fixed`` for
             head_dim, and where ``A`` is not ``B`` for the units behind an activation (ffn).
@@ -263,7 +264,7 @@ class FitSettings(Spec):
         seed: The seed of the data's order.
     """
 
-    learn: Annotated[tuple[Learned, ...], BeforeValidator(_listed)] = ("depth", "width")
+    learn: Annotated[tuple[Learned, ...], BeforeValidator(_listed)] = ("depth", "width", "norms", "source")
     structure: Annotated[dict[str, Structure], BeforeValidator(_by_name)] = Field(default_factory=dict)
     tied: bool | None = None
     per_layer: bool = False

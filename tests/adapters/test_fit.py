@@ -461,7 +461,7 @@ def test_a_device_that_is_not_there() -> None:
 
 def test_nothing_to_learn_where_nothing_grows() -> None:
     with pytest.raises(GrowkitError, match="nothing is learned: learn=depth,width has no part in a growth of these"):
-        fitted(plan=growkit.plan(llama(), hidden=24))
+        fitted(plan=growkit.plan(llama(), hidden=24), learn=("depth", "width"))
 
 
 def exploding(outputs: Any, batch: Any) -> Any:

@@ -146,7 +146,10 @@ def kept(tmp_path: Path) -> Path:
     [
         ({"seed": 7}, r"is of a fit whose settings.seed is 0, here it is 7; ask for the same, or remove"),
         ({"steps": 4}, "whose settings.steps is 3, here it is 4"),
-        ({"learn": ("width",)}, r"whose settings.learn is \['depth', 'width'\], here it is \['width'\]"),
+        (
+            {"learn": ("width",)},
+            r"whose settings.learn is \['depth', 'width', 'norms', 'source'\], here it is \['width'\]",
+        ),
         ({"structure": {"hidden": "dense"}}, "whose settings.structure.hidden is None, here it is 'dense'"),
         ({"per_layer": True}, "whose settings.per_layer is False, here it is True"),
         ({"precision": "float64"}, "whose settings.precision is 'float32', here it is 'float64'"),

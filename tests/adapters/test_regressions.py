@@ -52,3 +52,18 @@ def test_a_scratch_model_of_the_same_size_is_told_for_what_it_is() -> None:
     plan = growkit.plan(growkit.read(tiny("llama")), layers=2, method="random")
     assert not plan.preserving
     assert not any("frequencies" in reason.detail for reason in plan.verdict.reasons)
+
+
+@pytest.mark.parametrize("method", ["lossless", "stack"])
+def test_training_a_grown_module_leaves_the_source_and_its_other_layers_alone(method: str) -> None:
+    """What does not grow is the very array that the source's module holds, once for each layer made of it."""
+    module = tiny("llama")
+    source = growkit.read(module)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    grown = growkit.grow(source, layers=2 * source.graph.depths["layers"], method=method).to_torch()
+    held = [tensor.untyped_storage().data_ptr() for tensor in grown.state_dict().values()]
+    assert len(set(held)) == len(held)
+    with torch.no_grad():
+        for tensor in grown.parameters():
+            tensor += 1
+    assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
