@@ -11,11 +11,13 @@ was a model.
 | strategy | what it is |
 |---|---|
 | plain | the large model trained: what all others are divided by |
-| auto, factored, materialised | `growkit.fit` as it comes, and with one way for all weights |
-| dense | `growkit.fit`, every matrix dense, q, k and v mixing all heads, as the paper has them |
-| mixed ffn | `growkit.fit(structure={"ffn": "source"})`: the units behind the activation mixed too |
-| no fresh | `growkit.fit` from copies, without fresh entries Z |
-| depth | `growkit.fit(learn=("depth",))`: the blends of layers alone |
+| auto | `growkit.fit` as it comes: the source's weights and the norms are learned along |
+| alone | `learn=("depth", "width")`, the operator alone; so have all below |
+| factored, materialised | one way to act for all weights |
+| dense | every matrix dense, q, k and v mixing the entries of all heads, as the paper has them |
+| mixed ffn | `structure={"ffn": "source"}`: the units behind the activation mixed too |
+| no fresh | from copies, without fresh entries Z |
+| depth | `learn=("depth",)`: the blends of layers alone |
 | keeping, three quarters, running again | so many of the blocks run again for their gradients; as it comes, half |
 | published | the paper's equation written out: every large weight made in each step and kept for the gradient |
 """
@@ -38,19 +40,20 @@ SOURCE = {"hidden": 512, "layers": 6, "heads": 8}
 TARGET = {"hidden": 768, "layers": 12, "heads": 12}
 VOCAB, LENGTH = 30_522, 128
 TOKENS, QUICK_TOKENS = (256, 1024, 4096), (256,)
+ALONE = {"learn": ("depth", "width")}
 STRATEGIES: dict[str, dict[str, Any]] = {
     "auto": {},
-    "factored": {"strategy": "factored"},
-    "materialised": {"strategy": "materialised"},
-    "dense": {"structure": {"(heads head_dim)": "dense", "hidden": "dense", "ffn": "dense"}},
-    "mixed ffn": {"structure": {"ffn": "source"}},
-    "no fresh": {"method": "width=net2net,depth=interpolate", "fresh": 0.0},
+    "alone": ALONE,
+    "factored": {**ALONE, "strategy": "factored"},
+    "materialised": {**ALONE, "strategy": "materialised"},
+    "dense": {**ALONE, "structure": {"(heads head_dim)": "dense", "hidden": "dense", "ffn": "dense"}},
+    "mixed ffn": {**ALONE, "structure": {"ffn": "source"}},
+    "no fresh": {**ALONE, "method": "width=net2net,depth=interpolate", "fresh": 0.0},
     "depth": {"learn": ("depth",)},
-    "keeping": {"checkpointing": 0.0},
-    "three quarters": {"checkpointing": 0.75},
-    "running again": {"checkpointing": 1.0},
+    "keeping": {**ALONE, "checkpointing": 0.0},
+    "three quarters": {**ALONE, "checkpointing": 0.75},
+    "running again": {**ALONE, "checkpointing": 1.0},
 }
-OTHERS = ("plain", "published")
 
 
 @dataclass(frozen=True)

@@ -572,12 +572,14 @@ def _spelled_losses(losses: dict[str, float]) -> str:
 
 def _show_learning(plan: Plan, settings: FitSettings) -> None:
     learnable = plan.learnable(settings)
+    kinds = dict.fromkeys(learnable.blends.values(), "w") | dict.fromkeys(learnable.residuals.values(), "Z")
+    kinds |= dict.fromkeys(learnable.weights.values(), "the source's weights")
     parts: dict[str, int] = {}
-    for name, shape in zip(learnable.names, learnable.shapes, strict=True):
-        what = "w" if name.startswith("w of ") else name.partition("@")[0]
+    for i, (name, shape) in enumerate(zip(learnable.names, learnable.shapes, strict=True)):
+        what = kinds.get(i) or name.partition("@")[0]
         parts[what] = parts.get(what, 0) + prod(shape)
     _console().print(f"begins as {plan.method}; {learnable.parameters:,} parameters are learned:")
-    for what, count in parts.items() if len(parts) <= 24 else ():
+    for what, count in parts.items():
         _console().print(f"  {what}: {count:,}", soft_wrap=True)
 
 

@@ -819,7 +819,7 @@ def test_floats_are_no_axes_and_no_sizes() -> None:
     graph = loaded(
         model([helper.make_node("Unsqueeze", ["x", "axes"], ["y"], name="widen")], {"x": f(3), "axes": f(1)}, ["y"])
     )
-    with pytest.raises(InvalidModel, match="node 'widen' .*: its input 1 is of type torch.float32; expected whole"):
+    with pytest.raises(InvalidModel, match=r"node 'widen' .*: its input 1 is of type torch\.float32; expected whole"):
         Executor(graph)({"x": torch.zeros(3), "axes": torch.zeros(1)})
 
 
