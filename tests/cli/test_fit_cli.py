@@ -261,7 +261,7 @@ def test_an_interrupted_fit_is_not_begun_anew_by_mistake(fit: Any, stopped: str,
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        (("--lr", "0.5"), "lr is 0.001, here it is 0.5"),
+        (("--set", "clip=2"), "clip is 1.0, here it is 2.0"),
         (("--steps", "9"), "steps is 4, here it is 9"),
         (("--learn", "width"), "learn is ['depth', 'width'], here it is ['width']"),
         (("--set", "tied=true"), "tied is None, here it is True"),
