@@ -26,9 +26,9 @@ from growkit.matrices import (
     Scaled,
     Selection,
 )
-from growkit.operator import Expansion, GrowthOperator, Side
+from growkit.operator import Expansion, GrowthOperator, Side, parts_by_basis
 from growkit_specs import FitSettings, GrowkitError, LayerGraph, parse_layout
-from growkit_specs.layout import Axis, Concatenation, Fixed, Product, product, spaces_of
+from growkit_specs.layout import Axis, spaces_of
 
 _SIDES: tuple[Side, ...] = ("write", "read", "seen")
 Entries = Sequence[Any]
@@ -138,7 +138,7 @@ class Learnable:
             inner = tensor.stack is not None
             for axis, role in zip(tensor.parameter.parsed.axes, tensor.parameter.parsed.roles, strict=True):
                 is_stream = any(self.target.kinds[space] == "residual" for space in spaces_of(axis))
-                for part, bases in _parts(axis, () if is_stream else tensor.parameter.bases):
+                for part, bases in parts_by_basis(axis, () if is_stream else tensor.parameter.bases):
                     parts = [part] if part in whole else [parse_layout(f"-> {s}").axes[0] for s in spaces_of(part)]
                     for each in parts:
                         if self._is_fixed(each):
@@ -203,17 +203,6 @@ class Learnable:
             weights={name: entries[i] for name, i in self.weights.items()},
             start=self.start,
         )
-
-
-def _parts(axis: Axis, bases: Sequence[str]) -> Iterator[tuple[Axis, tuple[str, ...]]]:
-    """The parts of an axis that have a basis of their own, each with it; fused axes have one for each basis."""
-    if len(bases) > 1 and isinstance(axis, Concatenation) and len(axis.segments) == len(bases):
-        yield from ((segment, (basis,)) for segment, basis in zip(axis.segments, bases, strict=True))
-    elif len(bases) > 1 and isinstance(axis, Product):
-        inner = product(*(factor for factor in axis.factors if factor != Fixed(len(bases))))
-        yield from ((inner, (basis,)) for basis in bases)
-    else:
-        yield axis, tuple(bases)
 
 
 def source_rows(matrix: Matrix) -> tuple[np.ndarray, np.ndarray] | None:

@@ -389,15 +389,11 @@ class GrowthOperator:
                 return leaf(space, self.expansion(space, bases, at))
             case Fixed(size):
                 return Identity(size)
-            case Concatenation(segments):
-                own = [(basis,) for basis in bases] if len(bases) == len(segments) else [tuple(bases)] * len(segments)
-                return block_diagonal(*(self._composed(s, b, leaf, at) for s, b in zip(segments, own, strict=True)))
+            case Concatenation():
+                return block_diagonal(*(self._composed(s, b, leaf, at) for s, b in parts_by_basis(axis, bases)))
             case Product(factors) if any(_has_segments(factor, bases) for factor in factors):
-                before, fused, after = _fused(factors, bases)
-                blocks = [
-                    self._composed(product(*before, *segment, *after), (basis,), leaf, at)
-                    for segment, basis in zip(fused, bases, strict=True)
-                ]
+                before, _, _ = _fused(factors, bases)
+                blocks = [self._composed(segment, basis, leaf, at) for segment, basis in parts_by_basis(axis, bases)]
                 runs = kronecker(*(self._composed(factor, bases, leaf, at) for factor in before)).shape
                 return interleaved(*blocks, runs=runs)
             case Product(factors):
@@ -626,6 +622,20 @@ def _refuse_unfit(operator: GrowthOperator) -> None:
 def _offset(target: Tensor) -> float:
     """What a norm adds to its stored scale; 0 for every other tensor."""
     return float(target.owner.attributes.get("offset") or 0) if target.parameter.parsed.sign == "*" else 0.0
+
+
+def parts_by_basis(axis: Axis, bases: Sequence[str]) -> list[tuple[Axis, tuple[str, ...]]]:
+    """The parts of an axis, each with the bases it stands in: of a fused one the segment of each basis."""
+    match axis:
+        case Concatenation(segments):
+            own = [(basis,) for basis in bases] if len(bases) == len(segments) else [tuple(bases)] * len(segments)
+            return list(zip(segments, own, strict=True))
+        case Product(factors) if any(_has_segments(factor, bases) for factor in factors):
+            before, fused, after = _fused(factors, bases)
+            whole = (product(*before, *segment, *after) for segment in fused)
+            return [(segment, (basis,)) for segment, basis in zip(whole, bases, strict=True)]
+        case _:
+            return [(axis, tuple(bases))]
 
 
 def _has_segments(factor: Axis, bases: Sequence[str]) -> bool:
