@@ -7,10 +7,10 @@ from math import prod
 
 import numpy as np
 
-from growkit.matrices import Dense, Identity, Matrix, RowBlocks
+from growkit.matrices import Dense, Identity, Matrix, RowBlocks, pad
 from growkit.methods.depth import stacked
 from growkit.methods.registry import Method, Refinement, SpaceGrowth, register
-from growkit.methods.width import Expansions, selections, tiled
+from growkit.methods.width import Expansions
 from growkit.operator import Expansion, GrowthOperator
 from growkit_specs.layout import spaces_of
 
@@ -45,7 +45,8 @@ def _ligo(growth: SpaceGrowth) -> Expansions:
         )
         for axis, basis in sorted(head_axes, key=str)
     }
-    return {**selections(growth, tiled(growth)), **whole}
+    padded = pad(growth.target, growth.source)  # says the sizes; no axis of heads is without a whole matrix
+    return {growth.space: Expansion(padded, padded, padded), **whole}
 
 
 def _blended(refinement: Refinement) -> GrowthOperator:
