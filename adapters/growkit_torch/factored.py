@@ -75,13 +75,10 @@ class Fresh:
         """All entries, ``(O, I)``."""
         if len(self.parts) == 1 and self.parts[0][0].shape == self.shape:
             return self.parts[0][0]
-        return self.added_to(self.parts[0][0].new_zeros(self.shape))
-
-    def added_to(self, matrix: torch.Tensor) -> torch.Tensor:
-        """``matrix + Z``; a matrix that nothing else holds, and is overwritten."""
+        whole = self.parts[0][0].new_zeros(self.shape)
         for part, rows, columns in self.parts:
-            matrix[rows, columns] += part
-        return matrix
+            whole[rows, columns] = part
+        return whole
 
     def terms(self, x: torch.Tensor) -> list[Term]:
         """``Z x`` as terms of a sum, ``x`` being ``(T, I)``."""

@@ -81,6 +81,8 @@ class Growing(torch.nn.Module):
         self._hold(model, device)
         weights = {name: self._frozen(name) for held in self.held.values() for name in held.names}
         self.learned = LearnedOperator(learnable, weights).to(device)
+        if learnable.weights and source_forward is None:
+            self.frozen = torch.nn.ParameterList()  # all of it is learned along, and the source itself is not run
         self.fresh: dict[str, Fresh] = {}
         self.entries: dict[str, torch.Tensor] = {}
         self._draw(learnable.start)
@@ -128,7 +130,7 @@ class Growing(torch.nn.Module):
                 Z = start.residual_for(target, self.source)
                 if Z is None:
                     continue
-                Z = torch.as_tensor(Z, dtype=self.dtype, device=self.frozen[0].device)
+                Z = torch.as_tensor(Z, dtype=self.dtype, device=self.learned.entries[0].device)
                 if target.name in self.learned.learnable.residuals:
                     self.learned.set_residual(target.name, Z)
                 elif is_factored(operator, target):
